@@ -1,0 +1,1 @@
+"""The `vmzoo` command: thin layers over the library, one module a subcommand."""
