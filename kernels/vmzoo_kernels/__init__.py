@@ -1,0 +1,15 @@
+"""Shared 2D selective-scan operators: routes, a plain reference, and torch and Triton backends."""
+
+from .ops import route_scan, selective_scan
+from .routes import Routes, gather_routes, get_routes, merge_routes, route_names, routes_from_table
+
+__all__ = [
+    'Routes',
+    'gather_routes',
+    'get_routes',
+    'merge_routes',
+    'route_names',
+    'route_scan',
+    'routes_from_table',
+    'selective_scan',
+]

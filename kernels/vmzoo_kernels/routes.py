@@ -1,0 +1,227 @@
+"""Routes: the orders in which a 2D selective scan visits the positions of an H×W map.
+
+A route is a permutation of the L = H·W positions, or a partition of them into several sequences; positions are numbered
+row-major (``p = h * W + w``). Operators take a set of K routes as two tables, so a new scan order never needs a new
+kernel: it is a function here, or a table given to :func:`routes_from_table`.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routes(NamedTuple):
+    """K routes of S sequences of T steps over a map of ``num_positions`` positions.
+
+    Attributes:
+        gather: [K, S, T] int32; the position read at each step, -1 for padding. A padded step is a zero token: it adds
+            nothing to the state, which still decays by ``exp(softplus(dt_bias) * A)``, as when a published model pads
+            its map with zeros.
+        merge: [K, S, T] int32; the position that receives each step's output, -1 for nowhere. The same tensor as
+            ``gather`` except for scans that put their outputs elsewhere than they read.
+        num_positions: L.
+        complete: whether every route writes every position exactly once.
+    """
+
+    gather: Tensor
+    merge: Tensor
+    num_positions: int
+    complete: bool
+
+    @property
+    def num_routes(self) -> int:
+        """K, the number of routes, each with its own projections and A, D, dt parameters."""
+        return self.gather.shape[0]
+
+
+def _positions(height: int, width: int, device: torch.device) -> Tensor:
+    return torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
+
+
+def _permutations(*orders: Tensor) -> Routes:
+    table = torch.stack([order.reshape(-1) for order in orders]).unsqueeze(1)  # [K, 1, L]
+    return Routes(table, table, table.shape[-1], True)
+
+
+def _cross(pos: Tensor) -> Routes:
+    return _permutations(pos, pos.t(), pos.reshape(-1).flip(0), pos.t().reshape(-1).flip(0))
+
+
+def _unidi(pos: Tensor) -> Routes:
+    return _permutations(pos, pos, pos, pos)
+
+
+def _bidi(pos: Tensor) -> Routes:
+    backward = pos.reshape(-1).flip(0)
+    return _permutations(pos, pos, backward, backward)
+
+
+def _rotate(pos: Tensor) -> Routes:
+    return _permutations(*(torch.rot90(pos, k) for k in range(4)))
+
+
+def _forward(pos: Tensor) -> Routes:
+    return _permutations(pos)
+
+
+def _forward_backward(pos: Tensor) -> Routes:
+    return _permutations(pos, pos.reshape(-1).flip(0))
+
+
+def _cascade(lines: Tensor) -> Routes:
+    # The second direction reads every line backwards, but its outputs are stored as if it had read forwards: the
+    # published cascade adds the two without turning the second one back.
+    gather = torch.stack((lines, lines.flip(1)))  # [2, S, T]
+    return Routes(gather, torch.stack((lines, lines)), lines.numel(), True)
+
+
+def _cascade_rows(pos: Tensor) -> Routes:
+    return _cascade(pos)
+
+
+def _cascade_cols(pos: Tensor) -> Routes:
+    return _cascade(pos.t())
+
+
+_BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
+    'cross': _cross,
+    'unidi': _unidi,
+    'bidi': _bidi,
+    'rotate': _rotate,
+    'forward': _forward,
+    'forward_backward': _forward_backward,
+    'cascade_rows': _cascade_rows,
+    'cascade_cols': _cascade_cols,
+}
+_CACHE: dict[tuple[str, int, int, torch.device], Routes] = {}
+_CACHE_SIZE = 512
+
+
+def route_names() -> list[str]:
+    """Names that :func:`get_routes` accepts."""
+    return sorted(_BUILDERS)
+
+
+def _cacheable(device: torch.device) -> bool:
+    # A table made under tracing, a fake-tensor mode or CUDA graph capture must not outlive it.
+    if torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor:
+        return False
+    return device.type != 'cuda' or not torch.cuda.is_current_stream_capturing()
+
+
+def get_routes(name: str, height: int, width: int, device: torch.device | str | None = None) -> Routes:
+    """The named routes over a map of the given size.
+
+    ``cross`` (row-major, column-major and both reversed), ``unidi`` (row-major four times), ``bidi`` (row-major twice,
+    reversed twice) and ``rotate`` (the map turned by 0, 90, 180 and 270 degrees) are the four scan modes of VMamba
+    (arXiv 2401.10166); ``cascade_rows`` and ``cascade_cols`` are the two halves of its cascaded scan, one sequence a
+    row or column. ``forward`` and ``forward_backward`` are the row-major order alone, and with its reverse (Vim, arXiv
+    2401.09417).
+
+    Args:
+        name: One of :func:`route_names`.
+        height: Rows of the map, at least 1.
+        width: Columns of the map, at least 1.
+        device: Where the tables live.
+
+    Returns:
+        Tables, shared between calls: do not write to them.
+
+    Raises:
+        ValueError: Unknown name, or an empty map.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f'unknown routes {name!r}; choose from {", ".join(route_names())}')
+    if height < 1 or width < 1:
+        raise ValueError(f'routes need a map of at least 1x1 positions, got {height}x{width}')
+    device = torch.device(device if device is not None else 'cpu')
+    if not _cacheable(device):
+        return _BUILDERS[name](_positions(height, width, device))
+    key = (name, height, width, device)
+    if key not in _CACHE:
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.pop(next(iter(_CACHE)))
+        with torch.inference_mode(False):  # an inference tensor could not be used for training later
+            _CACHE[key] = _BUILDERS[name](_positions(height, width, device))
+    return _CACHE[key]
+
+
+def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None = None) -> Routes:
+    """Routes from position tables, checked.
+
+    Args:
+        gather: [K, S, T] or [K, T] integer positions in ``[0, num_positions)``, or -1 for padding.
+        num_positions: L, the number of positions of the map.
+        merge: Where outputs go, same shape; default: where they were read.
+
+    Returns:
+        The routes, with int32 tables.
+
+    Raises:
+        ValueError: Wrong shape, a position out of range, or one that a route writes twice.
+    """
+    merge = gather if merge is None else merge
+    if gather.ndim == 2:
+        gather, merge = gather.unsqueeze(1), merge.unsqueeze(1)
+    if gather.ndim != 3 or gather.shape != merge.shape or gather.is_floating_point():
+        raise ValueError(
+            f'a route table is [K, S, T] integers, the same for gather and merge; '
+            f'got {tuple(gather.shape)} {gather.dtype} and {tuple(merge.shape)} {merge.dtype}'
+        )
+    for name, table in (('gather', gather), ('merge', merge)):
+        if table.min() < -1 or table.max() >= num_positions:
+            raise ValueError(
+                f'{name} table holds positions from {int(table.min())} to {int(table.max())}; '
+                f'allowed are 0 to {num_positions - 1}, and -1 for padding'
+            )
+    complete = True
+    for k, row in enumerate(merge.flatten(1)):
+        count = torch.bincount(row[row >= 0].long(), minlength=num_positions)
+        if count.max() > 1:
+            raise ValueError(f'route {k} writes position {int(count.argmax())} {int(count.max())} times')
+        complete = complete and bool((count == 1).all()) and row.numel() == num_positions
+    tables = (gather.to(torch.int32).contiguous(), merge.to(torch.int32).contiguous())
+    return Routes(*tables, num_positions, complete)
+
+
+def gather_routes(x: Tensor, routes: Routes) -> Tensor:
+    """The positions of a map in the order of each route.
+
+    Args:
+        x: [B, L, D], or [B, L, K, D] where each route has its own values.
+        routes: K routes over L positions.
+
+    Returns:
+        [B, K, S, T, D]; zeros where a route is padded.
+    """
+    k, s, t = routes.gather.shape
+    index = routes.gather.flatten(1).long()  # [K, S*T]
+    safe = index.clamp(min=0)
+    if x.ndim == 3:
+        out = x[:, safe]  # [B, K, S*T, D]
+    else:
+        out = x[:, safe, torch.arange(k, device=x.device)[:, None]]
+    if not routes.complete:
+        out = out * (index >= 0).unsqueeze(-1)
+    return out.unflatten(2, (s, t))
+
+
+def merge_routes(y: Tensor, routes: Routes, reduce: bool = True) -> Tensor:
+    """Put each route's values back to their positions: the inverse of :func:`gather_routes`.
+
+    Args:
+        y: [B, K, S, T, D].
+        routes: K routes over L positions.
+        reduce: Sum over the routes.
+
+    Returns:
+        [B, L, D] summed over routes, or [B, L, K, D]; zeros where no route writes.
+    """
+    index = routes.merge.flatten(1).long()  # [K, S*T]
+    y = y.flatten(2, 3)  # [B, K, S*T, D]
+    if not routes.complete:
+        y = y * (index >= 0).unsqueeze(-1)
+    index = index.clamp(min=0)[None, :, :, None].expand(y.shape)
+    out = y.new_zeros(y.shape[0], y.shape[1], routes.num_positions, y.shape[3]).scatter_add(2, index, y)
+    return out.sum(1) if reduce else out.transpose(1, 2)
