@@ -1,17 +1,390 @@
-"""Public operators (plain reference for now)."""
+"""The operators users call, and the one ``torch.library`` operator behind them.
+
+``vmzoo::scan`` is the general form: it reads K routes of a channels-last map (or one map a route), forms the step sizes
+from their low-rank factors (or takes them whole), scans, and puts the outputs back. :func:`route_scan` is that operator;
+:func:`selective_scan` is it with full step sizes, along the sequence itself. Schema, fake, autograd, autocast and FLOP
+formula are registered once, for both.
+"""
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .reference import route_scan_reference, selective_scan_reference
-
-
-def route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, merge=True, out_dtype=None, backend='auto'):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    args = [v.to(dtype) for v in (x, x_dbl, A, D, dt_weight, dt_bias)]
-    return route_scan_reference(*args, routes, merge=merge).to(out_dtype or x.dtype)
+from . import chunked
+from .backends import resolve_backend
+from .routes import Routes, get_routes
 
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    B, C = (v.unsqueeze(1) if v.ndim == 3 else v for v in (B, C))
-    y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return (y, last) if return_last_state else y
+def _empty_like_x(x: Tensor, num_routes: int, reduce: bool, dtype: torch.dtype) -> Tensor:
+    """An uninitialised output: [B, L, D], or [B, L, K, D] in the memory order of ``x`` if that has this shape."""
+    if reduce or x.ndim == 3:
+        shape = (*x.shape[:2], x.shape[-1]) if reduce else (*x.shape[:2], num_routes, x.shape[-1])
+        return x.new_empty(shape, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _states_shape(x: Tensor, A: Tensor, gather: Tensor) -> tuple[int, ...]:
+    """Shape of the chunk-boundary states that the Triton forward keeps for its backward."""
+    num_routes, sequences, steps = gather.shape
+    return x.shape[0], num_routes, sequences, -(-steps // STATE_INTERVAL), A.shape[-1], A.shape[1]
+
+
+STATE_INTERVAL = 32
+
+
+@torch.library.custom_op('vmzoo::scan', mutates_args=())
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    gather: Tensor,
+    merge: Tensor,
+    complete: bool,
+    softplus: bool,
+    reduce: bool,
+    out_dtype: torch.dtype,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
+    if backend == 'triton':
+        from . import triton_scan
+
+        return triton_scan.forward(
+            x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce, out_dtype, save_states
+        )
+    y, last = chunked.forward(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce)
+    out = _empty_like_x(x, gather.shape[0], reduce, out_dtype).copy_(y)
+    return out, last, x.new_empty(0)
+
+
+@_scan.register_fake
+def _(
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce, out_dtype, save_states, backend
+):
+    acc = chunked.compute_dtype(x.dtype)
+    last = x.new_empty((x.shape[0], *gather.shape[:2], A.shape[1], A.shape[2]), dtype=acc)
+    states = x.new_empty(0)
+    if backend == 'triton' and save_states:
+        states = x.new_empty(_states_shape(x, A, gather), dtype=acc)
+    return _empty_like_x(x, gather.shape[0], reduce, out_dtype), last, states
+
+
+@torch.library.custom_op('vmzoo::scan_backward', mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    states: Tensor,
+    gather: Tensor,
+    merge: Tensor,
+    complete: bool,
+    softplus: bool,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; empty for those not given."""
+    inputs = (x, dt, B, C, A, D, dt_weight, dt_bias)
+    if backend == 'triton':
+        from . import triton_scan
+
+        grads = triton_scan.backward(dy, *inputs, states, gather, merge, complete, softplus)
+    else:
+        grads = chunked.backward(dy, *inputs, gather, merge, complete, softplus)
+    outs = _empty_grads(inputs)
+    for out, grad in zip(outs, grads):
+        if grad is not None:
+            out.copy_(grad)
+    return outs
+
+
+def _empty_grads(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [inputs[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
+
+
+@_scan_backward.register_fake
+def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, backend):
+    return _empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, gather, merge, complete, softplus, reduce, out_dtype, save_states, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, output[2], gather, merge)
+    ctx.options = (complete, softplus, backend)
+
+
+def _autograd(ctx, dy, *unused):
+    *tensors, states, gather, merge = ctx.saved_tensors
+    nothing = (None,) * 8
+    if dy is None:
+        return (None,) * 8 + nothing
+    grads = torch.ops.vmzoo.scan_backward(dy, *tensors, states, gather, merge, *ctx.options)
+    return tuple(None if v is None else grad for v, grad in zip(tensors, grads)) + nothing
+
+
+_scan.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _autocast(device_type: str):
+    def kernel(_, x, dt, B, C, A, D, dt_weight, dt_bias, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(v: Tensor | None, to: torch.dtype) -> Tensor | None:
+            return v if v is None or v.dtype == torch.float64 else v.to(to)
+
+        # Only what flows is cast: the scan is sensitive to A, D and the dt bias.
+        flowing = [cast(v, dtype) for v in (x, dt, B, C)]
+        kept = [cast(v, torch.float32) for v in (A, D)]
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.vmzoo.scan(*flowing, *kept, cast(dt_weight, dtype), cast(dt_bias, torch.float32), *rest)
+
+    return kernel
+
+
+_LIBRARY = torch.library.Library('vmzoo', 'FRAGMENT')
+for _device_type in ('cpu', 'cuda'):
+    _LIBRARY.impl('scan', _autocast(_device_type), f'Autocast{_device_type.upper()}', with_keyset=True)
+
+
+def scan_flops(
+    batch: int, steps: int, routes: int, dim: int, d_state: int, dt_rank: int, skip: bool, projected: bool
+) -> int:
+    """Floating-point operations of a scan, as the field counts them.
+
+    9·B·K·T·D·N for the scan (a multiply-add is two), B·K·T·D for the D term, and 2·B·K·T·D·R for the step sizes where
+    the operator projects them from low rank.
+    """
+    lanes = batch * routes * steps * dim
+    return lanes * (9 * d_state + int(skip) + 2 * dt_rank * int(projected))
+
+
+def _shape_flops(x, dt, A, D, dt_weight, gather) -> int:
+    num_routes, sequences, steps = gather
+    rank = dt_weight[-1] if dt_weight is not None else 0
+    return scan_flops(x[0], sequences * steps, num_routes, A[1], A[2], rank, D is not None, dt_weight is not None)
+
+
+@register_flop_formula(torch.ops.vmzoo.scan)
+def _(x, dt, B, C, A, D, dt_weight, dt_bias, gather, *args, out_shape=None, **kwargs) -> int:
+    return _shape_flops(x, dt, A, D, dt_weight, gather)
+
+
+@register_flop_formula(torch.ops.vmzoo.scan_backward)
+def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _shape_flops(x, dt, A, D, dt_weight, gather)
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'{name} should be {meaning} = {shape}, got {tuple(tensor.shape)}')
+    if not tensor.is_floating_point():
+        raise TypeError(f'{name} should be real floating point, got {tensor.dtype}')
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+
+
+def route_scan(
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    routes: Routes,
+    merge: bool = True,
+    out_dtype: torch.dtype | None = None,
+    backend: str = 'auto',
+) -> Tensor:
+    """Selective scan of a channels-last map along K routes, in one operator.
+
+    Along each route: ``delta = softplus(dt_weight @ dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``,
+    ``y_t = C_t · h_t + D x_t``; then the outputs go back to their positions and are summed (VMamba's SS2D, arXiv
+    2401.10166, without expanding its inputs K times). The projections are pointwise, so they are given per position, not
+    per route step. State, softplus, exp and sums are float32, or float64 for float64 inputs. Under autocast ``x``,
+    ``x_dbl`` and ``dt_weight`` take the autocast dtype and the rest float32.
+
+    Args:
+        x: [B, L, D], the map flattened row-major and shared by all routes, or [B, L, K, D], one map a route.
+        x_dbl: [B, L, K, R + 2N], for each position and route: low-rank step size (R), B (N) and C (N).
+        A: [K, D, N], negative.
+        D: [K, D].
+        dt_weight: [K, D, R].
+        dt_bias: [K, D], added before the softplus.
+        routes: K routes over L positions.
+        merge: Sum over routes; otherwise return each route's outputs.
+        out_dtype: dtype of the result; default: that of ``x`` (after autocast). Sums over routes can leave the range
+            of float16.
+        backend: 'auto', 'torch' or 'triton'.
+
+    Returns:
+        [B, L, D], or [B, L, K, D] if not ``merge``, in row-major positions.
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+        RuntimeError: A backend asked for by name that cannot run here.
+    """
+    num_routes, dim, rank = dt_weight.shape if dt_weight.ndim == 3 else (-1, -1, -1)
+    d_state = A.shape[-1]
+    batch = x.shape[0]
+    if x.ndim not in (3, 4):
+        raise ValueError(f'x should be [B, L, D] or [B, L, K, D], got {tuple(x.shape)}')
+    if dt_weight.ndim != 3:
+        raise ValueError(f'dt_weight should be [K, D, R], got {tuple(dt_weight.shape)}')
+    if routes.num_routes != num_routes or routes.num_positions != x.shape[1]:
+        raise ValueError(
+            f'{routes.num_routes} routes over {routes.num_positions} positions do not fit parameters for {num_routes} '
+            f'routes and an input of {x.shape[1]} positions'
+        )
+    length = x.shape[1]
+    shape, meaning = (
+        ((batch, length, dim), '[B, L, D]') if x.ndim == 3 else ((batch, length, num_routes, dim), '[B, L, K, D]')
+    )
+    _expect('x', x, shape, meaning)
+    _expect('x_dbl', x_dbl, (batch, length, num_routes, rank + 2 * d_state), '[B, L, K, R + 2N]')
+    _expect('A', A, (num_routes, dim, d_state), '[K, D, N]')
+    _expect('D', D, (num_routes, dim), '[K, D]')
+    _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
+    dt, B, C = x_dbl.split([rank, d_state, d_state], dim=-1)
+    return torch.ops.vmzoo.scan(
+        x,
+        dt,
+        B,
+        C,
+        A,
+        D,
+        dt_weight,
+        dt_bias,
+        routes.gather,
+        routes.merge,
+        routes.complete,
+        True,
+        merge,
+        out_dtype or _flowing_dtype(x),
+        _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
+        resolve_backend(backend, x.device),
+    )[0]
+
+
+def _flowing_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which ``x`` reaches the operator."""
+    if x.dtype != torch.float64 and x.device.type in ('cpu', 'cuda') and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _grouped(name: str, v: Tensor, u: Tensor, d_state: int) -> Tensor:
+    """B or C in any of mamba-ssm's forms as [B, G, N, L]."""
+    batch, dim, length = u.shape
+    if v.is_complex():
+        raise TypeError(f'{name} is complex: only real selective scans are supported')
+    if v.ndim == 2:  # the same at every step, different in every channel: as many groups as channels
+        _expect(name, v, (dim, d_state), '[D, N]')
+        return v[None, :, :, None].expand(batch, dim, d_state, length)
+    if v.ndim == 3:
+        v = v.unsqueeze(1)
+    if v.ndim != 4 or v.shape[0] != batch or v.shape[2:] != (d_state, length) or dim % v.shape[1]:
+        raise ValueError(
+            f'{name} should be [B, N, L], [B, G, N, L] with G dividing D, or [D, N], for B={batch}, D={dim}, '
+            f'N={d_state}, L={length}; got {tuple(v.shape)}'
+        )
+    return v
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    backend: str = 'auto',
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan along a sequence: a drop-in for mamba-ssm's ``selective_scan_fn`` (Mamba, arXiv 2312.00752).
+
+    ``delta' = softplus(delta + delta_bias)``, ``h_t = exp(delta'_t A) h_{t-1} + delta'_t B_t u_t``,
+    ``y_t = C_t · h_t + D u_t``, times ``SiLU(z)`` if given. State and accumulation are float32 (float64 for float64).
+
+    Args:
+        u: [B, D, L] input.
+        delta: [B, D, L] step sizes.
+        A: [D, N], negative.
+        B: [B, N, L], [B, G, N, L] with G groups of D/G channels, or [D, N].
+        C: As ``B``.
+        D: [D] skip.
+        z: [B, D, L] gate.
+        delta_bias: [D], added to ``delta`` before the softplus.
+        delta_softplus: Apply softplus to ``delta``.
+        return_last_state: Return the last state too (no gradient flows through it).
+        backend: 'auto', 'torch' or 'triton'.
+
+    Returns:
+        y [B, D, L] in the dtype of ``u``; with ``return_last_state`` also the state [B, D, N] in float32.
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+        TypeError: Complex or integer tensors.
+    """
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f'u should be [B, D, L] and A [D, N], got {tuple(u.shape)} and {tuple(A.shape)}')
+    batch, dim, length = u.shape
+    d_state = A.shape[1]
+    _expect('delta', delta, (batch, dim, length), '[B, D, L]')
+    _expect('A', A, (dim, d_state), '[D, N]')
+    for name, v in (('D', D), ('delta_bias', delta_bias)):
+        if v is not None:
+            _expect(name, v, (dim,), '[D]')
+    if z is not None:
+        _expect('z', z, (batch, dim, length), '[B, D, L]')
+    B, C = _grouped('B', B, u, d_state), _grouped('C', C, u, d_state)
+    groups = max(B.shape[1], C.shape[1])
+    if groups % B.shape[1] or groups % C.shape[1]:
+        raise ValueError(f'B has {B.shape[1]} groups and C {C.shape[1]}: one must divide the other')
+    B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
+
+    def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
+        return v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+
+    order = get_routes('forward', 1, length, device=u.device)
+    table = order.gather.expand(groups, 1, length)
+    y, last, _ = torch.ops.vmzoo.scan(
+        channels(u),
+        channels(delta),
+        B.permute(0, 3, 1, 2),
+        C.permute(0, 3, 1, 2),
+        A.unflatten(0, (groups, -1)),
+        None if D is None else D.unflatten(0, (groups, -1)),
+        None,
+        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
+        table,
+        table,
+        True,
+        delta_softplus,
+        False,
+        _flowing_dtype(u),
+        _needs_grad(u, delta, A, B, C, D, delta_bias),
+        resolve_backend(backend, u.device),
+    )
+    y = y.permute(0, 2, 3, 1).flatten(1, 2)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z)
+    return (y, last.flatten(1, 3)) if return_last_state else y

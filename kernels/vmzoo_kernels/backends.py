@@ -1,0 +1,85 @@
+"""Which backend runs a scan, and why not the other."""
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+_ENV = 'VMZOO_SCAN_BACKEND'
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec('triton') is None:
+        return 'the package triton is not installed (pip install triton)'
+    try:
+        importlib.import_module('triton')
+    except Exception as error:  # a broken Triton must not take the torch backend down with it
+        return f'triton does not import: {type(error).__name__}: {error}'
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (set before their first use)."""
+    return os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton backend cannot run on a device; None if it can."""
+    missing = _triton_missing()
+    if missing:
+        return missing
+    if interpreted():
+        return None
+    if device.type != 'cuda':
+        return f'it needs a CUDA or ROCm device, not {device.type} (TRITON_INTERPRET=1 runs it slowly on the CPU)'
+    if not torch.cuda.is_available():
+        return 'torch sees no CUDA or ROCm device'
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f'{torch.cuda.get_device_name(device)} is older than compute capability 7.0'
+    return None
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Each backend's name with None if it can run on the device, or the reason why not.
+
+    Args:
+        device: Default: the first CUDA device if there is one, else the CPU.
+    """
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return {'torch': None, 'triton': why_not_triton(torch.device(device))}
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(f'the selective scan runs on the slow torch backend on this GPU: {reason}', stacklevel=3)
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that ``backend`` ('auto', 'torch' or 'triton') means for tensors on a device.
+
+    'auto' follows the environment variable VMZOO_SCAN_BACKEND if it is set, and otherwise takes Triton for CUDA tensors
+    and torch for the rest.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: A backend asked for by name that cannot run, with the reason.
+    """
+    if backend == 'auto':
+        backend = os.environ.get(_ENV, 'auto')
+    if backend not in ('auto', 'torch', 'triton'):
+        raise ValueError(f"unknown scan backend {backend!r}; choose 'auto', 'torch' or 'triton'")
+    if backend == 'auto' and device.type != 'cuda':
+        return 'torch'
+    if backend in ('auto', 'triton') and device.type != 'meta':
+        reason = why_not_triton(device)
+        if reason is None:
+            return 'triton'
+        if backend == 'triton':
+            raise RuntimeError(f"scan backend 'triton' cannot run here: {reason}")
+        _warn_slow(reason)
+    return 'torch'
