@@ -32,7 +32,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def init_dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> Tensor:
-    """Fill a step bias of any shape so that `softplus(bias)` is log-uniform in [dt_min, dt_max], at least `dt_floor`."""
+    """Fill a step bias so that `softplus(bias)` is log-uniform in [dt_min, dt_max], and at least `dt_floor`."""
     dt = torch.empty_like(bias, dtype=compute_dtype(bias.dtype))
     dt.uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
     # inverse softplus log(exp(dt) - 1), written so that a small dt keeps its digits

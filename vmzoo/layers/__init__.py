@@ -1,0 +1,26 @@
+"""Blocks that two or more model families share."""
+
+from .head import NormPoolHead
+from .patch import ConvDownsample, ConvStem, PatchMerging, PatchStem, Permute, to_channels_first, to_channels_last
+from .ss2d import SS2D, SSD2D
+from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
+from .vss import VSSBlock
+
+__all__ = [
+    'SS2D',
+    'SSD2D',
+    'ConvDownsample',
+    'ConvStem',
+    'NormPoolHead',
+    'PatchMerging',
+    'PatchStem',
+    'Permute',
+    'VSSBlock',
+    'auto_dt_rank',
+    'compute_dtype',
+    'init_A_log_',
+    'init_dt_bias_',
+    'init_dt_weight_',
+    'to_channels_first',
+    'to_channels_last',
+]

@@ -1,0 +1,126 @@
+"""Stems and downsampling of hierarchical backbones, channels-last: [B, H, W, C] in and out (stems take NCHW images).
+
+Sequential indices, and so parameter names, are those of the published VMamba checkpoints.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Permute(nn.Module):
+    """`x.permute(*dims)` as a layer."""
+
+    def __init__(self, *dims: int):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(*self.dims)
+
+    def extra_repr(self) -> str:
+        return ', '.join(map(str, self.dims))
+
+
+def to_channels_last() -> Permute:
+    """[B, C, H, W] -> [B, H, W, C], a view."""
+    return Permute(0, 2, 3, 1)
+
+
+def to_channels_first() -> Permute:
+    """[B, H, W, C] -> [B, C, H, W], a view."""
+    return Permute(0, 3, 1, 2)
+
+
+class PatchStem(nn.Sequential):
+    """Non-overlapping patches of an image [B, in_chans, H, W]: convolution, then norm (Swin's patch embedding)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd),
+            to_channels_last(),
+            nn.LayerNorm(dim, eps=1e-5, **dd),
+        )
+        self.patch_size = patch_size
+
+    def min_input(self, size: int) -> int:
+        """Smallest image side that gives `size` output positions."""
+        return size * self.patch_size
+
+
+class ConvStem(nn.Sequential):
+    """Two overlapping convolutions, each followed by a norm, that together reduce an image by `patch_size`."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        if patch_size < 4 or patch_size % 2:
+            raise ValueError(f'The overlapping stem needs an even patch_size of at least 4, got {patch_size}.')
+        self.stride = stride = patch_size // 2
+        conv = {'kernel_size': stride + 1, 'stride': stride, 'padding': 1, **dd}
+        super().__init__(
+            nn.Conv2d(in_chans, dim // 2, **conv),
+            to_channels_last(),
+            nn.LayerNorm(dim // 2, eps=1e-5, **dd),
+            to_channels_first(),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, **conv),
+            to_channels_last(),
+            nn.LayerNorm(dim, eps=1e-5, **dd),
+        )
+
+    def min_input(self, size: int) -> int:
+        """Smallest image side that gives `size` output positions."""
+        for _ in range(2):
+            size = max((size - 1) * self.stride + self.stride - 1, 1)
+        return size
+
+
+class ConvDownsample(nn.Sequential):
+    """Halve a map: convolution, then norm. 3x3 kernels overlap and give ceil(n / 2); 2x2 kernels give floor(n / 2)."""
+
+    def __init__(self, dim: int, out_dim: int, kernel_size: int = 3, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            to_channels_first(),
+            nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd),
+            to_channels_last(),
+            nn.LayerNorm(out_dim, eps=1e-5, **dd),
+        )
+        self.kernel_size = kernel_size
+
+    def min_input(self, size: int) -> int:
+        """Smallest side that gives `size` output positions."""
+        return 2 * size - 1 if self.kernel_size == 3 else 2 * size
+
+
+class PatchMerging(nn.Module):
+    """Halve a map: the four pixels of each 2x2 cell side by side, norm, linear (Swin, https://arxiv.org/abs/2103.14030).
+
+    Args:
+        dim: Channels of the input.
+        out_dim: Channels of the output.
+        odd: What to do with an odd side: 'pad' with a row or column of zeros, or 'crop' the last one.
+    """
+
+    def __init__(self, dim: int, out_dim: int, odd: str = 'pad', device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if odd not in ('pad', 'crop'):
+            raise ValueError(f"odd must be 'pad' or 'crop', got {odd!r}.")
+        self.odd = odd
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
+
+    def min_input(self, size: int) -> int:
+        """Smallest side that gives `size` output positions."""
+        return 2 * size - 1 if self.odd == 'pad' else 2 * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        if self.odd == 'pad':
+            x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        else:
+            x = x[:, : height - height % 2, : width - width % 2]
+        # order of the phases (row, column): (0, 0), (1, 0), (0, 1), (1, 1)
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x))

@@ -1,0 +1,207 @@
+"""SS2D: the 2D selective scan of VMamba (https://arxiv.org/abs/2401.10166), and its Mamba-2 sibling, as token mixers.
+
+Both work on channels-last maps [B, H, W, C]. The projections to step sizes, B and C are pointwise, so they are one
+matrix product on the map itself, before any reordering; the routes exist only inside the fused scan.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vmzoo_kernels import Routes, get_routes, route_scan
+
+from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
+
+ScanName = Literal['cross', 'unidi', 'bidi', 'rotate', 'cascade']
+# Each scan is one or more passes over the map; a pass takes the next num_routes sets of parameters.
+_PASSES: dict[str, tuple[str, ...]] = {
+    'cross': ('cross',),
+    'unidi': ('unidi',),
+    'bidi': ('bidi',),
+    'rotate': ('rotate',),
+    'cascade': ('cascade_rows', 'cascade_cols'),
+}
+_NUM_ROUTES = 4
+
+
+class _ScanNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input: the scan of a half-precision model may hand over float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class SS2D(nn.Module):
+    """2D selective scan (S6) along four routes, each with its own projections; the outputs are summed.
+
+    in_proj -> depthwise conv -> activation -> scan -> norm -> (gate) -> out_proj. Inner width D is
+    `int(ssm_ratio * dim)`; parameter names and shapes are those of the published checkpoints.
+
+    Args:
+        dim: Channels C of input and output.
+        d_state: State size N of each channel.
+        ssm_ratio: Inner width over `dim`.
+        dt_rank: Rank R of the step projection; 'auto' is ceil(dim / 16).
+        kernel_size: Of the depthwise convolution, odd; 0 leaves it out.
+        conv_bias: Bias of the depthwise convolution.
+        act_layer: Activation after the convolution, and of the gate.
+        gate: Multiply the output with a second projection of the input.
+        gate_act: Put that projection through `act_layer` first.
+        out_norm: LayerNorm on the scan's output.
+        out_act_layer: Activation after that norm.
+        scan: Order in which the map is visited. 'cross' is the published one; 'unidi', 'bidi' and 'rotate' are its
+            ablations; 'cascade' scans rows, then columns of the result.
+
+    Raises:
+        ValueError: Unknown scan, an even kernel, or an inner width below one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = 'auto',
+        kernel_size: int = 3,
+        conv_bias: bool = False,
+        act_layer: type[nn.Module] = nn.SiLU,
+        gate: bool = False,
+        gate_act: bool = True,
+        out_norm: bool = True,
+        out_act_layer: type[nn.Module] | None = None,
+        scan: ScanName = 'cross',
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if scan not in _PASSES:
+            raise ValueError(f'Unknown scan {scan!r}; choose from {", ".join(_PASSES)}.')
+        if kernel_size and kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, or 0 for no convolution, got {kernel_size}.')
+        self.scan = scan
+        self.d_state = d_state
+        self.dt_rank = auto_dt_rank(dim, dt_rank)
+        self.d_inner = d_inner = int(ssm_ratio * dim)
+        if d_inner < 1:
+            raise ValueError(f'ssm_ratio {ssm_ratio} leaves no inner channel for dim {dim}.')
+
+        self._build_scan_parameters(dd)
+        self.in_proj = nn.Linear(dim, d_inner * (2 if gate else 1), bias=False, **dd)
+        self.conv2d = (
+            nn.Conv2d(d_inner, d_inner, kernel_size, padding=kernel_size // 2, groups=d_inner, bias=conv_bias, **dd)
+            if kernel_size
+            else nn.Identity()
+        )
+        self.act = act_layer()
+        self.gate_act = (act_layer() if gate_act else nn.Identity()) if gate else None
+        self.out_norm = _ScanNorm(d_inner, eps=1e-5, **dd) if out_norm else nn.Identity()
+        self.out_act = out_act_layer() if out_act_layer is not None else nn.Identity()
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def _build_scan_parameters(self, dd: dict) -> None:
+        k, d, n, r = _NUM_ROUTES, self.d_inner, self.d_state, self.dt_rank
+        self.x_proj_weight = nn.Parameter(torch.empty(k, r + 2 * n, d, **dd))
+        self.dt_projs_weight = nn.Parameter(torch.empty(k, d, r, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(k, d, **dd))
+        self.A_logs = nn.Parameter(torch.empty(k * d, n, **dd))  # route-major
+        self.Ds = nn.Parameter(torch.empty(k * d, **dd))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the scan's own parameters; sub-modules have their own method."""
+        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        init_dt_weight_(self.dt_projs_weight)
+        init_dt_bias_(self.dt_projs_bias)
+        init_A_log_(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A [K, D, N], D [K, D], dt_weight [K, D, R] and dt_bias [K, D]; all but dt_weight in at least float32."""
+        k, dtype = _NUM_ROUTES, compute_dtype(self.A_logs.dtype)
+        A = -torch.exp(self.A_logs.to(dtype)).unflatten(0, (k, -1))
+        return A, self.Ds.to(dtype).unflatten(0, (k, -1)), self.dt_projs_weight, self.dt_projs_bias.to(dtype)
+
+    def _scan_map(self, x: Tensor, height: int, width: int) -> Tensor:
+        # x [B, L, D] -> [B, L, D], float32 for float16 input: the sum over routes overflows float16
+        out_dtype = torch.float32 if x.dtype == torch.float16 else None
+        routes = [get_routes(name, height, width, device=x.device) for name in _PASSES[self.scan]]
+        parameters = (self.x_proj_weight, *self.scan_parameters())
+        if len(routes) == 1:
+            return self._scan_pass(x, routes[0], *parameters, out_dtype=out_dtype)
+        y = x
+        for i, route in enumerate(routes):
+            y = F.layer_norm(y, y.shape[-1:]).to(x.dtype)  # eps 1e-5, no weights
+            k = route.num_routes
+            y = self._scan_pass(y, route, *(p[i * k : (i + 1) * k] for p in parameters), out_dtype=out_dtype)
+        return y
+
+    @staticmethod
+    def _scan_pass(
+        x: Tensor,
+        routes: Routes,
+        x_proj_weight: Tensor,
+        A: Tensor,
+        D: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        out_dtype: torch.dtype | None,
+    ) -> Tensor:
+        x_dbl = F.linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
+        return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, out_dtype=out_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map [B, H, W, C] of any size into one of the same shape."""
+        _, height, width, _ = x.shape
+        x = self.in_proj(x)
+        z = None
+        if self.gate_act is not None:
+            x, z = x.chunk(2, dim=-1)
+            z = self.gate_act(z)
+        x = x.permute(0, 3, 1, 2)  # a channels_last view: no copy
+        x = self.act(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        y = self._scan_map(x, height, width)
+        y = self.out_act(self.out_norm(y).to(x.dtype)).unflatten(1, (height, width))
+        if z is not None:
+            y = y * z
+        return self.out_proj(y)
+
+
+class SSD2D(SS2D):
+    """SS2D with Mamba-2's state-space duality (https://arxiv.org/abs/2405.21060): R heads of D / R channels a route.
+
+    A head has one step size and one decay for all its channels and states, so this is the same scan with shared
+    parameters. Arguments are those of `SS2D`; `dt_rank` is the number of heads and must divide the inner width.
+    """
+
+    def _build_scan_parameters(self, dd: dict) -> None:
+        k, d, n, r = _NUM_ROUTES, self.d_inner, self.d_state, self.dt_rank
+        if d % r:
+            raise ValueError(f'The inner width {d} must be a multiple of the number of heads (dt_rank) {r}.')
+        self.x_proj_weight = nn.Parameter(torch.empty(k, r + 2 * n, d, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(k, r, **dd))
+        self.A_logs = nn.Parameter(torch.empty(k, r, **dd))
+        self.Ds = nn.Parameter(torch.empty(k, r, d // r, **dd))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the scan's own parameters; sub-modules have their own method."""
+        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        nn.init.uniform_(self.dt_projs_bias, 0.0, 0.1)
+        nn.init.zeros_(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in `SS2D`, with every head's step and decay repeated for its channels."""
+        d, r, dtype = self.d_inner, self.dt_rank, compute_dtype(self.A_logs.dtype)
+        A = -torch.exp(self.A_logs.to(dtype)).repeat_interleave(d // r, dim=1)  # [K, D]
+        head = torch.eye(r, device=A.device, dtype=self.x_proj_weight.dtype).repeat_interleave(d // r, dim=0)  # [D, R]
+        dt_bias = self.dt_projs_bias.to(dtype).repeat_interleave(d // r, dim=1)
+        return (
+            A.unsqueeze(-1).expand(-1, -1, self.d_state),
+            self.Ds.to(dtype).flatten(1),
+            head.expand(_NUM_ROUTES, -1, -1),
+            dt_bias,
+        )

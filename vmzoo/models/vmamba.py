@@ -1,0 +1,549 @@
+"""VMamba.
+
+Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166 (NeurIPS 2024)
+Weights: https://github.com/MzeroMiko/VMamba (MIT)
+
+A four-stage hierarchical backbone whose token mixer, SS2D, runs a selective scan along four routes over the map. Three
+generations are one class here:
+
+* `vmamba_{tiny,small,base}_s*l*`, the current models: scan without gate, d_state 1, MLPs, overlapping convolutions as
+  stem and downsampling. `s` is the width ratio of the scan, `l` the depth of stage three. `vmamba_tiny_0220` is an
+  earlier gated one.
+* `vmamba_v0_*`, of the first preprint: gated scan with d_state 16, no MLP, patch merging.
+* `vmamba_*_m2`: Mamba-2 mixer; the authors never trained it.
+
+Written for timm from the paper's description of the function; parameter names are those of the published checkpoints.
+The network is channels-last throughout (the published one is channels-first), the routes live inside one fused operator
+instead of four expanded copies of the map, and no compiled extension is needed. The scan's decay, skip and step bias
+are exempt from weight decay.
+"""
+
+import re
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_act_layer, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg as build_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vmzoo.layers import SS2D, SSD2D, ConvDownsample, ConvStem, NormPoolHead, PatchMerging, PatchStem, VSSBlock
+
+__all__ = ['VMamba']
+
+_MIXERS = {'ss2d': SS2D, 'ssd': SSD2D}
+_STEMS = {'conv': ConvStem, 'patch': PatchStem}
+_DOWNSAMPLES = {
+    'conv': (ConvDownsample, {}),
+    'conv2x2': (ConvDownsample, {'kernel_size': 2}),
+    'merge': (PatchMerging, {}),
+    'merge_crop': (PatchMerging, {'odd': 'crop'}),
+}
+
+
+def _choose(option: str, name: str, choices: dict):
+    if name not in choices:
+        raise ValueError(f'Unknown {option} {name!r}; choose from {", ".join(choices)}.')
+    return choices[name]
+
+
+class VMambaStage(nn.Module):
+    """Blocks at one resolution, then the downsampling to the next (none after the last stage).
+
+    Args:
+        dim: Channels of the blocks.
+        out_dim: Channels after downsampling; None for no downsampling.
+        downsample: Name of the downsampling.
+        drop_path: Stochastic depth rate of each block; their number is the depth.
+        block_kwargs: Arguments of every block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None,
+        downsample: str,
+        drop_path: list[float],
+        block_kwargs: dict,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.grad_checkpointing = False
+        self.blocks = nn.Sequential(*[VSSBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path])
+        if out_dim is None:
+            self.downsample = nn.Identity()
+        else:
+            layer, kwargs = _choose('downsample', downsample, _DOWNSAMPLES)
+            self.downsample = layer(dim, out_dim, **kwargs, **dd)
+
+    def forward_blocks(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H', W', C']."""
+        return self.downsample(self.forward_blocks(x))
+
+
+class VMamba(nn.Module):
+    """VMamba backbone and classifier. Takes images [B, in_chans, H, W] of any size from `min_input_size` on.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Outputs of the classifier; 0 for none.
+        global_pool: Pooling before the classifier, '' for none.
+        output_stride: Accepted for timm's sake: only the network's own stride is possible.
+        patch_size: Stride of the stem.
+        depths: Blocks of each stage.
+        embed_dim: Channels of each stage, or those of the first, which then double from stage to stage.
+        mixer: Token mixer: 'ss2d', or 'ssd' for the Mamba-2 form.
+        d_state: State size of the scan.
+        ssm_ratio: Width of the scan over that of the block.
+        dt_rank: Rank of the scan's step projection ('auto': a sixteenth of the block's width); heads of 'ssd'.
+        kernel_size: Of the depthwise convolution before the scan; 0 leaves it out.
+        conv_bias: Bias of that convolution.
+        act_layer: Activation before the scan, and of the gate.
+        gate: Multiply the scan's output with a second projection of its input.
+        gate_act: Put that projection through `act_layer`.
+        out_norm: LayerNorm on the scan's output.
+        out_act_layer: Activation after that norm.
+        scan: Order of the scan: 'cross', 'unidi', 'bidi', 'rotate' or 'cascade'.
+        mlp_ratio: Hidden width of the MLPs over that of the block; 0 for none.
+        mlp_act_layer: Activation of the MLPs.
+        stem: 'conv' (two overlapping convolutions) or 'patch' (one that does not overlap).
+        downsample: 'conv' (overlapping), 'conv2x2', 'merge' (patch merging; odd maps are padded) or 'merge_crop' (odd
+            maps lose their last row or column).
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from zero.
+
+    Raises:
+        ValueError: An option outside its choices.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        output_stride: int | None = None,
+        patch_size: int = 4,
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        embed_dim: int | tuple[int, ...] = 96,
+        mixer: str = 'ss2d',
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | str = 'auto',
+        kernel_size: int = 3,
+        conv_bias: bool = False,
+        act_layer: str | type[nn.Module] = 'silu',
+        gate: bool = False,
+        gate_act: bool = True,
+        out_norm: bool = True,
+        out_act_layer: str | type[nn.Module] | None = None,
+        scan: str = 'cross',
+        mlp_ratio: float = 4.0,
+        mlp_act_layer: str | type[nn.Module] = 'gelu',
+        stem: str = 'conv',
+        downsample: str = 'conv',
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if isinstance(embed_dim, int):
+            embed_dim = tuple(embed_dim * 2**i for i in range(len(depths)))
+        if len(embed_dim) != len(depths):
+            raise ValueError(
+                f'embed_dim {tuple(embed_dim)} and depths {tuple(depths)} differ in their number of stages.'
+            )
+        stride = patch_size * 2 ** (len(depths) - 1)
+        if output_stride not in (None, stride):
+            raise ValueError(f'output_stride must be {stride} here, got {output_stride}: a scan cannot be dilated.')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = embed_dim[-1]
+
+        block_kwargs = {
+            'mixer_layer': _choose('mixer', mixer, _MIXERS),
+            'mlp_ratio': mlp_ratio,
+            'mlp_act_layer': get_act_layer(mlp_act_layer),
+            'd_state': d_state,
+            'ssm_ratio': ssm_ratio,
+            'dt_rank': dt_rank,
+            'kernel_size': kernel_size,
+            'conv_bias': conv_bias,
+            'act_layer': get_act_layer(act_layer),
+            'gate': gate,
+            'gate_act': gate_act,
+            'out_norm': out_norm,
+            'out_act_layer': get_act_layer(out_act_layer),
+            'scan': scan,
+        }
+        self.patch_embed = _choose('stem', stem, _STEMS)(in_chans, embed_dim[0], patch_size, **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.layers = nn.ModuleList()
+        self.feature_info = []
+        for i, (dim, out_dim) in enumerate(zip(embed_dim, (*embed_dim[1:], None))):
+            self.layers.append(VMambaStage(dim, out_dim, downsample, drop_path[i], block_kwargs, **dd))
+            self.feature_info.append({'num_chs': dim, 'reduction': patch_size * 2**i, 'module': f'layers.{i}.blocks'})
+        self.classifier = NormPoolHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.classifier.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter; `needs_reset` also those that constructors have initialised (`to_empty()`)."""
+
+        def init(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif needs_reset and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+
+        self.apply(init)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the scan is sensitive to."""
+        return {name for name, _ in self.named_parameters() if name.endswith(('.A_logs', '.Ds', '.dt_projs_bias'))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups, from the stem on, for layer-wise learning rates."""
+        if coarse:
+            return {'stem': r'^patch_embed', 'blocks': r'^layers\.(\d+)'}
+        return {
+            'stem': r'^patch_embed',
+            'blocks': [
+                (r'^layers\.(\d+)\.blocks\.(\d+)', None),
+                (r'^layers\.(\d+)\.downsample', (99999,)),  # joins the last block of its stage
+                (r'^classifier\.norm', (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.classifier.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; `global_pool` None keeps the pooling."""
+        self.num_classes = num_classes
+        self.classifier.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.classifier.num_features
+
+    @property
+    def min_input_size(self) -> int:
+        """Smallest image side that leaves at least one position in the last stage."""
+        size = 1
+        for stage in reversed(self.layers):
+            if not isinstance(stage.downsample, nn.Identity):
+                size = stage.downsample.min_input(size)
+        return self.patch_embed.min_input(size)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if min(height, width) < self.min_input_size:
+            raise ValueError(
+                f'The image is {height}x{width}, but this model reduces it {self.feature_info[-1]["reduction"]} times '
+                f'and needs at least {self.min_input_size} pixels a side: resize or pad it.'
+            )
+        return self.patch_embed(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the image, and of chosen stages before their downsampling.
+
+        Args:
+            x: Image [B, in_chans, H, W].
+            indices: Stages to return: the last n if an integer, all if None.
+            norm: Apply the final norm to the last stage's features, the only ones it fits.
+            stop_early: Do not compute what follows the last of these stages.
+            output_fmt: Layout of the stage features, 'NCHW' or 'NHWC'.
+            intermediates_only: Return only the stage features.
+
+        Returns:
+            The list of stage features, preceded by the final features [B, C, H, W] unless `intermediates_only`.
+        """
+        if output_fmt not in ('NCHW', 'NHWC'):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        last = max_index if stop_early else len(self.layers) - 1
+        intermediates = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.layers[: last + 1]):
+            x = stage.forward_blocks(x)
+            if i in take_indices:
+                is_final = i == len(self.layers) - 1
+                intermediates.append(self.classifier.norm(x) if norm and is_final else x)
+            if i < last:
+                x = stage.downsample(x)
+        if output_fmt == 'NCHW':
+            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        if intermediates_only:
+            return intermediates
+        if last == len(self.layers) - 1:
+            x = self.classifier.norm(x)
+        return x.permute(0, 3, 1, 2), intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the features of the given stages do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        prune_end = max_index < len(self.layers) - 1
+        if prune_end:
+            self.layers = self.layers[: max_index + 1]
+            self.layers[-1].downsample = nn.Identity()
+            self.feature_info = self.feature_info[: max_index + 1]
+            self.num_features = self.classifier.in_features = self.feature_info[-1]['num_chs']
+        if prune_norm or prune_end:
+            self.classifier.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image [B, in_chans, H, W] -> normed features [B, C, H', W']."""
+        x = self._embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.classifier.norm(x).permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [B, C, H', W'] -> logits [B, num_classes], or pooled features if `pre_logits`."""
+        return self.classifier(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B, in_chans, H, W] -> logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+_RENAMES = [
+    # first release
+    (r'^patch_embed\.proj\.', 'patch_embed.0.'),
+    (r'^patch_embed\.norm\.', 'patch_embed.2.'),
+    (r'^norm\.', 'classifier.norm.'),
+    (r'^head\.', 'classifier.head.'),
+    (r'\.ln_1\.', '.norm.'),
+    (r'\.self_attention\.', '.op.'),
+    # single-file version
+    (r'\.op\.x_proj\.weight$', '.op.x_proj_weight'),
+    (r'\.op\.dt_projs\.weight$', '.op.dt_projs_weight'),
+    # Mamba-2 mixer, whose convolution sits between two permutations
+    (r'\.op\.conv2d\.1\.', '.op.conv2d.'),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Map the names and shapes of every published generation to ours (those of the current published code).
+
+    Args:
+        state_dict: Unwrapped weights: v0 ("vanilla") names, current names with linear weights of any layout ([O, I] or
+            [O, I, 1, 1]), or the names of the single-file version.
+        model: The model they are for.
+    """
+    merges_patches = any(isinstance(module, PatchMerging) for module in model.modules())
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, new in _RENAMES:
+            name = re.sub(pattern, new, name)
+        if merges_patches:
+            name = re.sub(r'\.downsample\.1\.', '.downsample.norm.', name)
+            name = re.sub(r'\.downsample\.2\.', '.downsample.reduction.', name)
+        if name.endswith(('.x_proj_weight', '.dt_projs_weight')) and value.ndim == 2:
+            value = value.unflatten(0, (4, -1))
+        elif value.ndim == 4 and value.shape[2:] == (1, 1) and not name.endswith('conv2d.weight'):
+            value = value.flatten(1)
+        out[name] = value
+    return out
+
+
+def _cfg(file: str = '', **kwargs) -> dict:
+    return {
+        'url': f'https://github.com/MzeroMiko/VMamba/releases/download/{file}' if file else '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.0',
+        'classifier': 'classifier.head',
+        'license': 'mit',
+        'origin_url': 'https://github.com/MzeroMiko/VMamba',
+        'paper_name': 'VMamba: Visual State Space Model',
+        'paper_ids': 'arXiv:2401.10166',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+        'vmamba_tiny_s1l8.in1k': _cfg('%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'),
+        'vmamba_tiny_s2l5.in1k': _cfg('%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth'),
+        'vmamba_small_s2l15.in1k': _cfg('%23v2cls/vssm_small_0229_ckpt_epoch_222.pth'),
+        'vmamba_base_s2l15.in1k': _cfg('%23v2cls/vssm_base_0229_ckpt_epoch_237.pth'),
+        'vmamba_small_s1l20.in1k': _cfg('%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth'),
+        'vmamba_base_s1l20.in1k': _cfg('%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth'),
+        'vmamba_tiny_0220.in1k': _cfg('%2320240220/vssmtiny_dp02_ckpt_epoch_258.pth'),
+        'vmamba_tiny_m2.untrained': _cfg(),
+        'vmamba_small_m2.untrained': _cfg(),
+        'vmamba_base_m2.untrained': _cfg(),
+        'vmamba_v0_tiny.in1k': _cfg('%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth'),
+        'vmamba_v0_small.in1k': _cfg('%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth'),
+        'vmamba_v0_base.in1k': _cfg('%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth'),
+        # an earlier run, from which the published v0 detection and segmentation models started
+        'vmamba_v0_base.dp05_in1k': _cfg('%2320240218/vssmbase_dp05_ckpt_epoch_260.pth'),
+    }
+)
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
+    return build_model(
+        VMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
+        **kwargs,
+    )
+
+
+@register_model
+def vmamba_nano(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-Nano, 0.9 M parameters: for tests, demonstrations and images of 32 to 64 pixels. Ours; no weights."""
+    model_args = {'depths': (1, 1, 2, 1), 'embed_dim': 24}
+    return _create_vmamba('vmamba_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T, 30.2 M parameters, 82.6 % top-1 on ImageNet-1k (trained with drop path 0.2)."""
+    model_args = {'depths': (2, 2, 8, 2), 'embed_dim': 96, 'ssm_ratio': 1.0}
+    return _create_vmamba('vmamba_tiny_s1l8', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T of twice the scan width, 30.7 M parameters, 82.5 % top-1 on ImageNet-1k (drop path 0.2)."""
+    model_args = {'depths': (2, 2, 5, 2), 'embed_dim': 96, 'ssm_ratio': 2.0}
+    return _create_vmamba('vmamba_tiny_s2l5', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S, 50.1 M parameters, 83.6 % top-1 on ImageNet-1k (drop path 0.3)."""
+    model_args = {'depths': (2, 2, 15, 2), 'embed_dim': 96, 'ssm_ratio': 2.0}
+    return _create_vmamba('vmamba_small_s2l15', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B, 88.6 M parameters, 83.9 % top-1 on ImageNet-1k (drop path 0.6)."""
+    model_args = {'depths': (2, 2, 15, 2), 'embed_dim': 128, 'ssm_ratio': 2.0}
+    return _create_vmamba('vmamba_base_s2l15', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S of half the scan width, 49.0 M parameters, 83.3 % top-1 on ImageNet-1k (drop path 0.3)."""
+    model_args = {'depths': (2, 2, 20, 2), 'embed_dim': 96, 'ssm_ratio': 1.0}
+    return _create_vmamba('vmamba_small_s1l20', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B of half the scan width, 86.6 M parameters, 83.8 % top-1 on ImageNet-1k (drop path 0.5)."""
+    model_args = {'depths': (2, 2, 20, 2), 'embed_dim': 128, 'ssm_ratio': 1.0}
+    return _create_vmamba('vmamba_base_s1l20', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_tiny_0220(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T of 20 February 2024, gated, 32.5 M parameters, 82.5 % top-1 on ImageNet-1k (drop path 0.2)."""
+    model_args = {'depths': (2, 2, 4, 2), 'embed_dim': 96, 'ssm_ratio': 2.0, 'gate': True}
+    return _create_vmamba('vmamba_tiny_0220', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+_M2_ARGS = {'mixer': 'ssd', 'd_state': 64, 'ssm_ratio': 1.0, 'act_layer': 'gelu'}
+
+
+@register_model
+def vmamba_tiny_m2(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T with a Mamba-2 mixer, 25.3 M parameters; never trained by the authors."""
+    model_args = dict(_M2_ARGS, depths=(2, 2, 4, 2), embed_dim=96)
+    return _create_vmamba('vmamba_tiny_m2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small_m2(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S with a Mamba-2 mixer, 39.1 M parameters; never trained by the authors."""
+    model_args = dict(_M2_ARGS, depths=(2, 2, 12, 2), embed_dim=96)
+    return _create_vmamba('vmamba_small_m2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base_m2(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B with a Mamba-2 mixer, 67.5 M parameters; never trained by the authors."""
+    model_args = dict(_M2_ARGS, depths=(2, 2, 12, 2), embed_dim=128)
+    return _create_vmamba('vmamba_base_m2', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+_V0_ARGS = {
+    'd_state': 16,
+    'ssm_ratio': 2.0,
+    'gate': True,
+    'conv_bias': True,
+    'mlp_ratio': 0.0,
+    'stem': 'patch',
+    'downsample': 'merge_crop',
+}
+
+
+@register_model
+def vmamba_v0_tiny(pretrained: bool = False, **kwargs) -> VMamba:
+    """First VMamba-T, 22.9 M parameters, 82.2 % top-1 on ImageNet-1k (drop path 0.1)."""
+    model_args = dict(_V0_ARGS, depths=(2, 2, 9, 2), embed_dim=96)
+    return _create_vmamba('vmamba_v0_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_v0_small(pretrained: bool = False, **kwargs) -> VMamba:
+    """First VMamba-S, 44.4 M parameters, 83.5 % top-1 on ImageNet-1k (drop path 0.3)."""
+    model_args = dict(_V0_ARGS, depths=(2, 2, 27, 2), embed_dim=96)
+    return _create_vmamba('vmamba_v0_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_v0_base(pretrained: bool = False, **kwargs) -> VMamba:
+    """First VMamba-B, 76.3 M parameters, 83.7 % top-1 on ImageNet-1k (drop path 0.6)."""
+    model_args = dict(_V0_ARGS, depths=(2, 2, 27, 2), embed_dim=128)
+    return _create_vmamba('vmamba_v0_base', pretrained=pretrained, **dict(model_args, **kwargs))
