@@ -20,6 +20,8 @@ def read_version() -> str:
 TRAIN = [
     'onedl-mmengine>=0.10.12,<0.11',
     'matplotlib>=3.8',
+    # mmengine imports cv2 without declaring it; the headless build needs no system libraries.
+    'opencv-python-headless>=4.9,<5',
     'pillow>=10',
     'scikit-learn>=1.4',
     'tensorboard>=2.16',
