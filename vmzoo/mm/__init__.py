@@ -1,0 +1,34 @@
+"""Training on mmengine: everything in vmzoo that imports an mm library lives in this package.
+
+Importing it registers the classes below in mmengine's root registries, so that a config needs only
+``custom_imports = dict(imports=['vmzoo.mm'])``. Classification needs mmengine alone, never mmcv.
+"""
+
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    raise ImportError('training needs mmengine, which is not installed; run: pip install "vmzoo[train]"') from error
+
+import vmzoo  # noqa: F401  registers the models with timm
+
+from .classifier import ImagePreprocessor, VMZooClassifier
+from .datasets import DigitsDataset, ImageFolderDataset
+from .hooks import BestAndLastHook, EpochSeedHook, NonFiniteLossHook, ProgressHook
+from .metrics import ClassificationMetric
+from .optim import AutocastOptimWrapper, TimmOptimWrapperConstructor
+from .runner import VMZooRunner
+
+__all__ = [
+    'AutocastOptimWrapper',
+    'BestAndLastHook',
+    'ClassificationMetric',
+    'DigitsDataset',
+    'EpochSeedHook',
+    'ImageFolderDataset',
+    'ImagePreprocessor',
+    'NonFiniteLossHook',
+    'ProgressHook',
+    'TimmOptimWrapperConstructor',
+    'VMZooClassifier',
+    'VMZooRunner',
+]

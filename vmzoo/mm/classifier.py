@@ -1,0 +1,133 @@
+"""An image classifier for mmengine's Runner around any timm model."""
+
+import logging
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.registry import MODELS
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+
+
+@MODELS.register_module()
+class ImagePreprocessor(BaseDataPreprocessor):
+    """Move a batch to the device, normalise it there and, while training, erase and mix images.
+
+    Args:
+        mean: Channel means of images in [0, 1].
+        std: Channel standard deviations of images in [0, 1].
+        num_classes: Number of classes; needed by mixup's soft targets.
+        mixup: Arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, prob, ...); None turns mixing off.
+        random_erasing: Probability that a rectangle of a training image is replaced by noise.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int | None = None,
+        mixup: dict | None = None,
+        random_erasing: float = 0.0,
+    ) -> None:
+        super().__init__(non_blocking=True)
+        self.register_buffer('mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+        # Labels are smoothed once, by the loss, for mixed and unmixed targets alike.
+        self.mixup = Mixup(**mixup, num_classes=num_classes, label_smoothing=0.0) if mixup else None
+        self.random_erasing = random_erasing
+        self._named: set[str] = set()
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """Turn a collated batch into the classifier's arguments.
+
+        Args:
+            data: `inputs` uint8 [B, C, H, W], `targets` int64 [B], `paths` and `broken` lists of file names.
+            training: Whether to erase and mix.
+
+        Returns:
+            `inputs` float32 [B, C, H, W], `targets` int64 [B] or, after mixup, float32 [B, num_classes], and `paths`.
+        """
+        for path in data.pop('broken', ()):
+            if path not in self._named:
+                self._named.add(path)
+                print_log(f'skipped a file that is not a readable image: {path}', 'current', logging.WARNING)
+        data = self.cast_data(data)
+        inputs, targets = data['inputs'], data['targets']
+        inputs = (inputs.float() - self.mean) / self.std
+        if training and self.random_erasing:
+            inputs = RandomErasing(self.random_erasing, mode='pixel', device=inputs.device)(inputs)
+        if training and self.mixup is not None and len(inputs) > 1:
+            even = len(inputs) // 2 * 2  # mixup pairs image i with image B - 1 - i
+            inputs, targets = self.mixup(inputs[:even], targets[:even])
+        return dict(inputs=inputs, targets=targets, paths=data.get('paths'))
+
+
+@MODELS.register_module()
+class VMZooClassifier(BaseModel):
+    """Any model of `timm.create_model`, with the losses and steps that mmengine's Runner asks for.
+
+    Args:
+        model_name: A name of `timm.list_models()`; vmzoo's families are among them.
+        num_classes: Number of classes.
+        pretrained: True for the published weights, or the path of a checkpoint file.
+        in_chans: Number of image channels.
+        drop_path_rate: Stochastic depth rate; 0 leaves the model's own default.
+        label_smoothing: Share of the target spread evenly over all classes.
+        model_kwargs: Further arguments of `timm.create_model`.
+        data_preprocessor: Config of the preprocessor, normally an `ImagePreprocessor`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        pretrained: bool | str = False,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        label_smoothing: float = 0.0,
+        model_kwargs: dict | None = None,
+        data_preprocessor: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=dict(data_preprocessor, num_classes=num_classes))
+        kwargs = dict(model_kwargs or {})
+        if drop_path_rate:  # not every timm model has stochastic depth
+            kwargs['drop_path_rate'] = drop_path_rate
+        if isinstance(pretrained, str):
+            kwargs['pretrained_cfg_overlay'] = dict(file=pretrained)
+        self.backbone = timm.create_model(
+            model_name, pretrained=bool(pretrained), num_classes=num_classes, in_chans=in_chans, **kwargs
+        )
+        self.model_name = model_name
+        self.model_kwargs = dict(model_kwargs or {})
+        self.in_chans = in_chans
+        self.label_smoothing = label_smoothing
+
+    def init_weights(self) -> None:
+        """Do nothing: timm initialised or loaded the weights, and mmengine would initialise them again."""
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        paths: list[str] | None = None,
+        mode: str = 'tensor',
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Classify images.
+
+        Args:
+            inputs: Normalised images [B, C, H, W].
+            targets: Class indices [B] or class probabilities [B, num_classes]; needed for mode 'loss'.
+            paths: Names of the images, for messages.
+            mode: 'tensor' and 'predict' return logits, 'loss' the training loss.
+
+        Returns:
+            Logits [B, num_classes], or a dict with the scalar `loss`.
+        """
+        logits = self.backbone(inputs)
+        if mode != 'loss':
+            return logits.float()
+        return dict(loss=F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing))

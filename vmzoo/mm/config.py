@@ -1,0 +1,118 @@
+"""Finding configs, and completing them from the model, the data and the command line."""
+
+import ast
+import copy
+import difflib
+import os
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.config import Config
+from timm.data import resolve_data_config
+
+import vmzoo
+
+from .datasets import class_folders
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def config_folder() -> Path:
+    """The folder of the shipped configs: inside an installed package, beside `vmzoo/` in a checkout."""
+    package = Path(vmzoo.__file__).parent
+    installed = package / '.mim' / 'configs'
+    return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def find_config(name: str) -> Path:
+    """The file of a config given by its path or, for a shipped one, by its name.
+
+    Raises:
+        FileNotFoundError: There is neither; the message lists the shipped names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {p.stem: p for p in sorted(config_folder().rglob('*.py')) if '_base_' not in p.parts}
+    if Path(name).stem in shipped and Path(name).parent == Path():
+        return shipped[Path(name).stem]
+    raise FileNotFoundError(f'there is no config {name}; give a file, or one of: {", ".join(shipped)}')
+
+
+def parse_options(pairs: list[str]) -> dict:
+    """Read `key.subkey=value` pairs; values are Python literals, or else strings.
+
+    Raises:
+        ValueError: A pair has no equals sign.
+    """
+    options = {}
+    for pair in pairs:
+        key, sign, value = pair.partition('=')
+        if not (key and sign):
+            raise ValueError(f'--cfg-options takes key=value pairs, not {pair!r}')
+        try:
+            options[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[key] = value
+    return options
+
+
+def set_epochs(cfg: Config, epochs: int) -> None:
+    """Change the length of a training and stretch its learning rate schedule to it.
+
+    Raises:
+        ValueError: `epochs` is not positive.
+    """
+    if epochs < 1:
+        raise ValueError(f'--epochs must be at least 1, not {epochs}')
+    ratio = epochs / cfg.train_cfg.max_epochs
+    for scheduler in cfg.param_scheduler:
+        for key in ('begin', 'end', 'T_max'):
+            if scheduler.get(key):
+                scheduler[key] = max(1, round(scheduler[key] * ratio))
+    cfg.train_cfg.max_epochs = epochs
+
+
+def complete(cfg: Config) -> Config:
+    """Fill in what a config leaves as None: number of classes, input size, normalisation, interpolation, crop.
+
+    The classes come from the data folder, the rest from the model's `pretrained_cfg`, so that one config serves every
+    model and folder, and the config saved in the work folder says all.
+
+    Returns:
+        A completed copy.
+
+    Raises:
+        FileNotFoundError: The data folder or its class folders are missing.
+        ValueError: The model is unknown, or the data folder isn't given.
+    """
+    cfg = copy.deepcopy(cfg)
+    model = cfg.model
+    if not model.model_name:
+        raise ValueError('name the model to train: --model NAME (vmzoo list shows the names)')
+    if not timm.is_model(model.model_name):
+        close = difflib.get_close_matches(model.model_name, timm.list_models(), n=3)
+        hint = f'; did you mean {" or ".join(close)}?' if close else '; vmzoo list shows the names'
+        raise ValueError(f'unknown model {model.model_name}{hint}')
+    pretrained_cfg = timm.get_pretrained_cfg(model.model_name)
+    data = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict() if pretrained_cfg else {})
+    in_chans = model.setdefault('in_chans', 3)
+    for key in ('mean', 'std'):
+        if model.data_preprocessor.get(key) is None:
+            values = data[key]
+            average = (sum(values) / len(values),)
+            model.data_preprocessor[key] = values if len(values) == in_chans else average * in_chans
+    for name in LOADERS:
+        dataset = cfg[name].dataset
+        cfg[name].num_workers = min(cfg[name].num_workers, os.cpu_count())
+        cfg[name].pin_memory = torch.cuda.is_available()
+        if 'root' in dataset and not dataset.root:
+            raise ValueError('name the data folder: --data DIR, which holds train/<class>/*.jpg and val/<class>/*.jpg')
+        if dataset.get('input_size') is None:
+            dataset.input_size = (in_chans, *data['input_size'][1:])
+        if 'root' in dataset:
+            dataset.setdefault('interpolation', data['interpolation'])
+            dataset.setdefault('crop_pct', data['crop_pct'])
+    if model.get('num_classes') is None:
+        model.num_classes = len(class_folders(cfg.train_dataloader.dataset.root))
+    return cfg

@@ -1,0 +1,119 @@
+"""mmengine's Runner with a quiet terminal, safe and strict resuming, and distributed training on CPUs."""
+
+import copy
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def check_keys(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, source: str) -> None:
+    """Refuse a state dict that is not exactly the model's.
+
+    Raises:
+        ValueError: Naming the missing, unexpected and differently shaped entries.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    reshaped = [
+        f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
+        for key in own.keys() & state_dict.keys()
+        if own[key].shape != state_dict[key].shape
+    ]
+    problems = [
+        f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+        for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', sorted(reshaped)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f'{source} belongs to another model: {"; ".join(problems)}. '
+            'Use the config and options that it was trained with, or another --work-dir'
+        )
+
+
+@RUNNERS.register_module()
+class VMZooRunner(Runner):
+    """A Runner whose log goes to the file, not to the terminal, where `ProgressHook` writes."""
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As mmengine's, and where there is no GPU the processes talk through gloo."""
+        if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def build_logger(self, *args, **kwargs) -> logging.Logger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(max(handler.level, logging.WARNING))
+        return logger
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
+        """As mmengine's, which passes a GPU's number even where there is no GPU."""
+        if self.distributed and not torch.cuda.is_available() and model_wrapper_cfg is None:
+            return MMDistributedDataParallel(module=model, broadcast_buffers=False)
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def load_checkpoint(self, filename: str, map_location: str = 'cpu', **_) -> dict:
+        """Load a file that `BestAndLastHook` wrote: every key must fit, and nothing in the file is executed.
+
+        mmengine's own loader takes what fits and falls back to unpickling arbitrary objects.
+        """
+        try:
+            checkpoint = torch.load(filename, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f'{filename} is not a checkpoint written by vmzoo: {error}') from error
+        model = self.model.module if self.distributed else self.model
+        check_keys(checkpoint['state_dict'], model, filename)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'])
+        self._has_loaded = True
+        self.logger.info(f'loaded {filename}')
+        return checkpoint
+
+    def train(self) -> torch.nn.Module:
+        """Train, and give the terminal back whatever happens."""
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if hasattr(hook, 'close'):
+                    hook.close()
+
+
+def evaluate(cfg: Config, checkpoint: str | os.PathLike) -> dict:
+    """Measure a checkpoint on the config's test set.
+
+    Args:
+        cfg: A completed config (see `vmzoo.mm.config.complete`).
+        checkpoint: A file that holds the weights of the config's model, e.g. best.pth.
+
+    Returns:
+        The test metrics.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file belongs to another model.
+    """
+    import vmzoo
+    from vmzoo.weights import read_checkpoint
+
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f'there is no checkpoint {checkpoint}')
+    cfg = copy.deepcopy(cfg)
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg'):
+        cfg[key] = None
+    cfg.update(val_evaluator=None, custom_hooks=[], default_hooks=dict(checkpoint=None), resume=False, load_from=None)
+    cfg.model.pretrained = False
+    cfg.experiment_name = f'test_{Path(checkpoint).stem}'
+    runner = VMZooRunner.from_cfg(cfg)
+    backbone = (runner.model.module if runner.distributed else runner.model).backbone
+    backbone.load_state_dict(vmzoo.convert_state_dict(read_checkpoint(checkpoint), backbone))
+    return runner.test()
