@@ -4,8 +4,8 @@ custom_imports = dict(imports=['vmzoo.mm'], allow_failed_imports=False)
 default_scope = 'mmengine'
 
 train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
+val_cfg = {}
+test_cfg = {}
 val_evaluator = dict(type='ClassificationMetric')
 test_evaluator = dict(type='ClassificationMetric', with_confusion=True)
 
