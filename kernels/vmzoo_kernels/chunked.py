@@ -92,6 +92,16 @@ def _from_lanes(y: Tensor, table: Tensor, lanes: _Lanes, reduce: bool) -> Tensor
     return out
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """softplus to full relative precision; on a CPU several times faster than ``F.softplus``, whose log1p is scalar."""
+    e = x.clamp(max=30.0).exp_()
+    w = e + 1.0
+    out = w.log()
+    # log1p(e) = log(w) + (e - (w - 1)) / w restores what the rounding of 1 + e lost.
+    out.addcdiv_(e.sub_(w - 1.0), w)
+    return torch.maximum(out, x)
+
+
 def _step_sizes(
     dt: Tensor, lanes: _Lanes, dt_weight: Tensor | None, dt_bias: Tensor | None, softplus: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,14 +112,14 @@ def _step_sizes(
         raw = (routed.flatten(2, 3) @ dt_weight.mT).unflatten(2, routed.shape[2:4])
     if dt_bias is not None:
         raw = raw + dt_bias[:, None, None]
-    delta = F.softplus(raw) if softplus else raw
+    delta = _softplus(raw) if softplus else raw
     if not lanes.filled:
         delta = delta * (lanes.gather != _NEUTRAL).unsqueeze(-1)
     return delta, raw, routed
 
 
 def _carry(local: Tensor, decay: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-    """States that each lane inherits, from the lanes' own end states and total decays (all [B, K, M, D]); last states."""
+    """States that lanes inherit, from their own end states and total decays (all [B, K, M, D]), and the last states."""
     local, decay = (v.unflatten(2, (sequences, -1)) for v in (local, decay))  # [B, K, S, C, D]
     inherited = torch.zeros_like(local)
     for c in range(1, local.shape[3]):
@@ -123,22 +133,23 @@ def _states(decay: Tensor, inputs: Tensor, sequences: int) -> tuple[Tensor, Tens
 
     Returns h_t, what each lane inherited [B, K, M, D], and the sequences' last states [B, K, S, D].
     """
-    h = inputs
-    for t in range(1, h.shape[2]):
-        h[:, :, t].addcmul_(decay[:, :, t], h[:, :, t - 1])
-        decay[:, :, t].mul_(decay[:, :, t - 1])
-    inherited, last = _carry(h[:, :, -1], decay[:, :, -1], sequences)
-    return h.addcmul_(decay, inherited.unsqueeze(2)), inherited, last
+    h, a = inputs.unbind(2), decay.unbind(2)
+    for t in range(1, len(h)):
+        h[t].addcmul_(a[t], h[t - 1])
+        a[t].mul_(a[t - 1])
+    inherited, last = _carry(h[-1], a[-1], sequences)
+    return inputs.addcmul_(decay, inherited.unsqueeze(2)), inherited, last
 
 
 def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
     """dL/dh_t in lanes from ``g`` = C_t dL/dy_t (overwritten): g_t += decay_{t+1} g_{t+1}, across lanes too."""
     later = torch.ones_like(decay)  # product of decay_{t+1} ... decay_{T-1}
-    for t in range(g.shape[2] - 2, -1, -1):
-        g[:, :, t].addcmul_(decay[:, :, t + 1], g[:, :, t + 1])
-        torch.mul(decay[:, :, t + 1], later[:, :, t + 1], out=later[:, :, t])
-    out = (decay[:, :, 0] * g[:, :, 0]).unflatten(2, (sequences, -1))  # what each lane hands to the one before it
-    total = (decay[:, :, 0] * later[:, :, 0]).unflatten(2, (sequences, -1))
+    steps, a, product = g.unbind(2), decay.unbind(2), later.unbind(2)
+    for t in range(len(steps) - 2, -1, -1):
+        steps[t].addcmul_(a[t + 1], steps[t + 1])
+        torch.mul(a[t + 1], product[t + 1], out=product[t])
+    out = (a[0] * steps[0]).unflatten(2, (sequences, -1))  # what each lane hands to the one before it
+    total = (a[0] * product[0]).unflatten(2, (sequences, -1))
     inherited = torch.zeros_like(out)
     for c in range(out.shape[3] - 2, -1, -1):
         torch.addcmul(out[..., c + 1, :], total[..., c + 1, :], inherited[..., c + 1, :], out=inherited[..., c, :])

@@ -1,9 +1,9 @@
 """The operators users call, and the one ``torch.library`` operator behind them.
 
-``vmzoo::scan`` is the general form: it reads K routes of a channels-last map (or one map a route), forms the step sizes
-from their low-rank factors (or takes them whole), scans, and puts the outputs back. :func:`route_scan` is that operator;
-:func:`selective_scan` is it with full step sizes, along the sequence itself. Schema, fake, autograd, autocast and FLOP
-formula are registered once, for both.
+``vmzoo::scan`` is the general form: it reads K routes of a channels-last map (or one map a route), forms the step
+sizes from their low-rank factors (or takes them whole), scans, and puts the outputs back. :func:`route_scan` is that
+operator; :func:`selective_scan` is it with full step sizes, along the sequence itself. Schema, fake, autograd, autocast
+and FLOP formula are registered once, for both.
 """
 
 import torch
@@ -118,7 +118,7 @@ def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, gather, merge, complete, softplus, reduce, out_dtype, save_states, backend = inputs
+    *tensors, gather, merge, complete, softplus, _reduce, _out_dtype, _save_states, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[2], gather, merge)
@@ -213,10 +213,10 @@ def route_scan(
 ) -> Tensor:
     """Selective scan of a channels-last map along K routes, in one operator.
 
-    Along each route: ``delta = softplus(dt_weight @ dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``,
-    ``y_t = C_t · h_t + D x_t``; then the outputs go back to their positions and are summed (VMamba's SS2D, arXiv
-    2401.10166, without expanding its inputs K times). The projections are pointwise, so they are given per position, not
-    per route step. State, softplus, exp and sums are float32, or float64 for float64 inputs. Under autocast ``x``,
+    Along each route ``delta = softplus(dt_weight @ dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``
+    and ``y_t = C_t · h_t + D x_t``; then the outputs go back to their positions and are summed (VMamba's SS2D, arXiv
+    2401.10166, without expanding its inputs K times). The projections are pointwise, so they are given per position,
+    not per route step. State, softplus, exp and sums are float32, or float64 for float64 inputs. Under autocast ``x``,
     ``x_dbl`` and ``dt_weight`` take the autocast dtype and the rest float32.
 
     Args:

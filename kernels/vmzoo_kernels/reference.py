@@ -45,7 +45,7 @@ def selective_scan_reference(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Definition of :func:`vmzoo_kernels.selective_scan`, for B and C of shape [B, G, N, L]; returns y and last state."""
+    """Definition of :func:`vmzoo_kernels.selective_scan`, for B and C of shape [B, G, N, L]; also the last state."""
     groups = B.shape[1]
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]

@@ -5,7 +5,8 @@ row-major (``p = h * W + w``). Operators take a set of K routes as two tables, s
 kernel: it is a function here, or a table given to :func:`routes_from_table`.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
