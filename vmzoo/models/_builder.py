@@ -1,0 +1,96 @@
+"""Builds a model as timm does, but reads published weights as data.
+
+timm loads pickles with `weights_only=True`, which refuses the config objects inside most published files, and goes
+non-strict when the number of classes changes. Here files and downloads are read by `vmzoo.weights` instead.
+"""
+
+import os
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+from timm.models import build_model_with_cfg, load_custom_pretrained, resolve_pretrained_cfg
+from torch import nn
+
+
+def build_model(
+    cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Calls timm's `build_model_with_cfg`; a `file` or `url` in the cfg goes through the safe reader, strictly.
+
+    Args:
+        cls: Model class.
+        variant: Registered name.
+        pretrained: Load weights. Classifier and stem may differ from the file's, as `convert_state_dict` describes.
+        pretrained_cfg: Tag or cfg that replaces the registered one.
+        pretrained_cfg_overlay: Entries over the cfg: `dict(file='weights.pth')` loads a local file.
+        cache_dir: Where downloads are kept, instead of torch.hub's folder.
+        **kwargs: `feature_cfg`, `pretrained_filter_fn` and the model's own arguments.
+
+    Raises:
+        CheckpointError: The download fails, or the file is damaged or of another architecture.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    model_cls = cls
+    if pretrained and _is_published_file(cfg):
+        pretrained = False
+
+        def model_cls(**model_kwargs: Any) -> nn.Module:
+            model = cls(**model_kwargs)
+            model.pretrained_cfg = cfg
+            _load_published(model, cfg, cache_dir)
+            return model
+
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def _is_published_file(cfg: dict[str, Any]) -> bool:
+    """Follows timm's order of sources: state dict, file, hub, url; a `source` names a hub or a folder."""
+    if cfg.get('source') or cfg.get('state_dict'):
+        return False
+    return bool(cfg.get('file') or (cfg.get('url') and not cfg.get('hf_hub_id')))
+
+
+def _load_published(model: nn.Module, cfg: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> None:
+    # Imported here: weights build on models, and most models are never loaded from a file.
+    from vmzoo.weights import CheckpointError, CheckpointMismatch, load_checkpoint, verify
+
+    url = None if cfg.get('file') else cfg['url']
+
+    def load(model: nn.Module, path: str) -> None:
+        try:
+            if url:
+                verify(path, url)
+            load_checkpoint(model, path)
+        except CheckpointMismatch:
+            raise
+        except CheckpointError as error:
+            if url is None:
+                raise
+            # timm takes whatever lies in its cache for a finished download; a damaged file must not stay there.
+            Path(path).unlink(missing_ok=True)
+            raise CheckpointError(f'{error}. It came from {url} and was removed from the cache; try again.') from error
+
+    try:
+        load_custom_pretrained(model, cfg, load_fn=load, cache_dir=cache_dir)
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        raise CheckpointError(
+            f'{cfg["architecture"]}: could not download {url}: {error}. Download the file by other means and pass '
+            "pretrained_cfg_overlay=dict(file='path/to/file'), or build the model with pretrained=False."
+        ) from error

@@ -1,0 +1,229 @@
+"""Fits the weights of a checkpoint to a model, strictly: every key and shape must agree, except where a report says so."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv, get_pretrained_cfg, list_models, model_entrypoint
+from torch import Tensor, nn
+
+from .errors import CheckpointMismatch
+from .read import read_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+# Where publishers put the weights. `model` comes first: it is what the stated accuracies were measured with; files that
+# hold only averaged weights have them under one of the last names.
+WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'model_ema', 'state_dict_ema', 'ema_state_dict')
+# Modules that training wraps around the backbone: DDP, torch.compile, trainers, segmentors and detectors.
+PREFIXES = ('module.', '_orig_mod.', 'model.', 'backbone.')
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was not loaded as it stood.
+
+    Attributes:
+        source: Path of wrappers under which the weights were found, `model` or `state_dict.backbone`; empty if bare.
+        head: The classifier, if the class counts differ: `classifier.head: 1000 → 10 classes, kept as initialised`.
+        stem: The first convolution, if the input channels differ: `patch_embed.0: 3 → 1 channels, adapted`.
+        ignored: Keys beside the backbone (decode heads, a classifier that the model does not have).
+    """
+
+    source: str = ''
+    head: str = ''
+    stem: str = ''
+    ignored: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        ignored = f'{len(self.ignored)} keys not used ({_some(self.ignored)})' if self.ignored else ''
+        return '; '.join(filter(None, (self.head, self.stem, ignored))) or 'every key loaded'
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
+    """Reads a published or own checkpoint and loads it strictly.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is not readable.
+        CheckpointMismatch: Its weights are of another architecture.
+    """
+    try:
+        state_dict, report = convert(read_checkpoint(path), model)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f'{path}: {error}') from None
+    model.load_state_dict(state_dict)
+    return report
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Turns a checkpoint of the model's family, in any published form, into one that `model` loads strictly.
+
+    It is taken out of its wrapper (`model` before `state_dict` before `model_ema`) and prefixes (`module.`, `backbone.`),
+    and its keys are mapped to ours. Two parts may differ, and a warning names them: a classifier for another number of
+    classes keeps the model's own weights, and a stem for other input channels is adapted as timm does.
+
+    Args:
+        state_dict: What `read_checkpoint` or `torch.load` returned.
+        model: The model that is to load it.
+
+    Returns:
+        A state dict for `model.load_state_dict(...)`.
+
+    Raises:
+        CheckpointMismatch: Keys are missing or left over, or shapes differ; the message lists them.
+    """
+    return convert(state_dict, model)[0]
+
+
+def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
+    """Does what `convert_state_dict` does, and returns the report beside the weights."""
+    target = model.state_dict()
+    weights, source, ignored = _unwrap(state_dict, target)
+    if not weights:
+        raise CheckpointMismatch(f'no weights in it (its keys: {_some(map(str, state_dict))})')
+    weights = _map_keys(weights, model)
+
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    head, dropped = _match_head(weights, target, _names(cfg.get('classifier')))
+    stem = _match_stem(weights, target, _names(cfg.get('first_conv')))
+    _check(weights, target, model)
+    report = LoadReport(source, head, stem, ignored + dropped)
+    for message in filter(None, (head, stem)):
+        _logger.warning('Checkpoint and model differ in %s', message)
+    if report.ignored:
+        _logger.info('Keys not used: %s', ', '.join(report.ignored))
+    return weights, report
+
+
+def _unwrap(state_dict: Mapping[str, Any], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
+    path = []
+    while name := next((w for w in WRAPPERS if isinstance(state_dict.get(w), Mapping) and state_dict[w]), None):
+        state_dict = state_dict[name]
+        path.append(name)
+    weights = {str(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    ignored: list[str] = []
+    stripping = True
+    while stripping:
+        stripping = False
+        for prefix in PREFIXES:
+            inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            if inside and not any(key.startswith(prefix) for key in target):
+                ignored += [key for key in weights if not key.startswith(prefix)]
+                weights, stripping = inside, True
+                path.append(prefix.rstrip('.'))
+    return weights, '.'.join(path), tuple(ignored)
+
+
+def _map_keys(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Applies the `checkpoint_filter_fn` of the module that defines the model's class, or a class it derives from."""
+    modules = (sys.modules.get(cls.__module__) for cls in type(model).__mro__)
+    filter_fn = next((fn for m in modules if (fn := getattr(m, 'checkpoint_filter_fn', None))), None)
+    if filter_fn is None:
+        return weights
+    try:
+        return dict(filter_fn(weights, model))
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        # Filters assume their own family's keys and shapes; on another's they stumble in ways of their own.
+        raise CheckpointMismatch(
+            f'the keys are not those of {_describe(model)}: {_some(weights)} ({type(error).__name__}: {error})'
+        ) from error
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _match_head(
+    weights: dict[str, Tensor], target: dict[str, Tensor], classifiers: tuple[str, ...]
+) -> tuple[str, tuple[str, ...]]:
+    notes, dropped = [], []
+    for name in classifiers:
+        keys = [f'{name}.{kind}' for kind in ('weight', 'bias') if f'{name}.{kind}' in weights]
+        if not any(f'{name}.{kind}' in target for kind in ('weight', 'bias')):
+            dropped += keys
+            for key in keys:
+                del weights[key]
+        elif all(key in target for key in keys) and any(
+            weights[key].shape[0] != target[key].shape[0] and weights[key].shape[1:] == target[key].shape[1:]
+            for key in keys
+        ):
+            notes.append(
+                f'{name}: {len(weights[keys[0]])} → {len(target[keys[0]])} classes, kept as initialised in the model'
+            )
+            weights.update((key, target[key]) for key in keys)
+    return ', '.join(notes), tuple(dropped)
+
+
+def _match_stem(weights: dict[str, Tensor], target: dict[str, Tensor], stems: tuple[str, ...]) -> str:
+    notes = []
+    for name in stems:
+        key = f'{name}.weight'
+        if key not in weights or key not in target or weights[key].ndim != 4 or target[key].ndim != 4:
+            continue
+        (out, given, *kernel), (wanted_out, wanted, *wanted_kernel) = weights[key].shape, target[key].shape
+        if given != wanted and (out, kernel) == (wanted_out, wanted_kernel):
+            weights[key] = adapt_input_conv(wanted, weights[key], base_chans=given)
+            notes.append(f'{name}: {given} → {wanted} input channels, adapted')
+    return ', '.join(notes)
+
+
+def _check(weights: dict[str, Tensor], target: dict[str, Tensor], model: nn.Module) -> None:
+    missing = [key for key in target if key not in weights]
+    unexpected = [key for key in weights if key not in target]
+    differing = [
+        f'{key}: {tuple(weights[key].shape)} in the checkpoint, {tuple(target[key].shape)} in the model'
+        for key in target
+        if key in weights and weights[key].shape != target[key].shape
+    ]
+    if not (missing or unexpected or differing):
+        return
+    lines = [f'the checkpoint does not fit {_describe(model)}']
+    lines += [
+        f'  {title} ({len(keys)}): {_some(keys, separator)}'
+        for title, keys, separator in (
+            ('missing keys', missing, ', '),
+            ('unexpected keys', unexpected, ', '),
+            ('shapes differ', differing, '; '),
+        )
+        if keys
+    ]
+    fitting = _fitting_architectures(weights, model)
+    if fitting:
+        lines.append(f'  It fits {" or ".join(fitting)}: create that model instead.')
+    raise CheckpointMismatch('\n'.join(lines))
+
+
+def _fitting_architectures(weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Names registered architectures of the same family whose keys and shapes agree exactly, heads aside."""
+    family = type(model).__module__.rpartition('.')[2]
+
+    def shapes(state: Mapping[str, Tensor], name: str) -> dict[str, torch.Size]:
+        cfg = get_pretrained_cfg(name)
+        heads = tuple(f'{classifier}.' for classifier in _names(cfg and cfg.classifier))
+        return {key: value.shape for key, value in state.items() if not key.startswith(heads or ('\0',))}
+
+    fitting = []
+    for name in list_models(module=family):
+        with torch.device('meta'):
+            candidate = model_entrypoint(name)()
+        if shapes(weights, name) == shapes(candidate.state_dict(), name):
+            fitting.append(name)
+    return fitting
+
+
+def _describe(model: nn.Module) -> str:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    architecture = cfg.get('architecture')
+    return f'{architecture} ({type(model).__name__})' if architecture else type(model).__name__
+
+
+def _some(keys: Iterable[str], separator: str = ', ') -> str:
+    keys = list(keys)
+    more = f'{separator}… and {len(keys) - SHOWN} more' if len(keys) > SHOWN else ''
+    return separator.join(keys[:SHOWN]) + more
