@@ -23,12 +23,12 @@ import re
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg as build_model
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmzoo.layers import SS2D, SSD2D, ConvDownsample, ConvStem, NormPoolHead, PatchMerging, PatchStem, VSSBlock
+from ..layers import SS2D, SSD2D, ConvDownsample, ConvStem, NormPoolHead, PatchMerging, PatchStem, VSSBlock
+from ._builder import build_model
 
 __all__ = ['VMamba']
 
