@@ -9,7 +9,6 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 from timm.models import build_model_with_cfg, load_custom_pretrained, resolve_pretrained_cfg
 from torch import nn
@@ -89,7 +88,9 @@ def _load_published(model: nn.Module, cfg: dict[str, Any], cache_dir: str | os.P
 
     try:
         load_custom_pretrained(model, cfg, load_fn=load, cache_dir=cache_dir)
-    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, HTTPException) as error:
+        if url is None:
+            raise
         raise CheckpointError(
             f'{cfg["architecture"]}: could not download {url}: {error}. Download the file by other means and pass '
             "pretrained_cfg_overlay=dict(file='path/to/file'), or build the model with pretrained=False."

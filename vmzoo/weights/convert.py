@@ -1,4 +1,4 @@
-"""Fits the weights of a checkpoint to a model, strictly: every key and shape must agree, except where a report says so."""
+"""Fits a checkpoint to a model, strictly: every key and shape must agree, except where a report says so."""
 
 import logging
 import os
@@ -64,9 +64,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> LoadRepor
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Turns a checkpoint of the model's family, in any published form, into one that `model` loads strictly.
 
-    It is taken out of its wrapper (`model` before `state_dict` before `model_ema`) and prefixes (`module.`, `backbone.`),
-    and its keys are mapped to ours. Two parts may differ, and a warning names them: a classifier for another number of
-    classes keeps the model's own weights, and a stem for other input channels is adapted as timm does.
+    It is taken out of its wrapper (`model` before `state_dict` before `model_ema`) and prefixes (`module.`,
+    `backbone.`), and its keys are mapped to ours. Two parts may differ, and a warning names them: a classifier for
+    another number of classes keeps the model's own weights, a stem for other input channels is adapted as timm does.
 
     Args:
         state_dict: What `read_checkpoint` or `torch.load` returned.
