@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ClassToken = Literal['front', 'middle']
+ClassToken = Literal['front', 'middle', 'none']
 
 
-def class_token_index(class_token: ClassToken | None, num_patches: int) -> int | None:
+def class_token_index(class_token: ClassToken, num_patches: int) -> int | None:
     """Index of the class token in a sequence of `num_patches` patches and that token; None without a class token."""
-    if class_token is None:
-        return None
     if class_token not in get_args(ClassToken):
-        raise ValueError(f"class_token must be 'front', 'middle' or None, got {class_token!r}.")
-    return num_patches // 2 if class_token == 'middle' else 0
+        raise ValueError(f"class_token must be 'front', 'middle' or 'none', got {class_token!r}.")
+    return {'front': 0, 'middle': num_patches // 2, 'none': None}[class_token]
 
 
 def insert_token(patches: Tensor, token: Tensor, index: int) -> Tensor:
@@ -40,7 +38,7 @@ def resize_pos_embed(
     pos_embed: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    class_token: ClassToken | None = None,
+    class_token: ClassToken = 'none',
 ) -> Tensor:
     """Resize a position embedding to another patch grid (bicubic, half-pixel centres, no antialiasing).
 

@@ -18,6 +18,7 @@ Written from the paper and the published checkpoints' layout; parameter names ar
 * A, D and the step biases have no weight decay.
 """
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
+
 from vmzoo_kernels import get_routes, route_scan
 
 from ..layers.rope import apply_rope, rope_tables
@@ -44,6 +46,8 @@ from ..layers.tokens import ClassToken, class_token_index, drop_token, insert_to
 from ._builder import build_model
 
 __all__ = ['VisionMamba', 'VisionMambaPyramid']
+
+_logger = logging.getLogger(__name__)
 
 
 class StreamRMSNorm(nn.RMSNorm):
@@ -265,7 +269,7 @@ class VisionMamba(nn.Module):
         d_conv: Kernel of the causal convolution.
         expand: Inner width of a block over `embed_dim`.
         dt_rank: Rank of the step projection; 'auto' is ceil(embed_dim / 16).
-        class_token: Where the class token stands in the sequence: 'middle', 'front', or None for no class token.
+        class_token: Where the class token stands in the sequence: 'middle', 'front', or 'none' for no class token.
         bidirectional: Scan the tokens in both directions.
         average_directions: Halve the sum of the two directions.
         rope: Turn the patch tokens by a 2D rotary embedding before every block, beside the position embedding.
@@ -295,7 +299,7 @@ class VisionMamba(nn.Module):
         d_conv: int = 4,
         expand: float = 2.0,
         dt_rank: int | str = 'auto',
-        class_token: ClassToken | None = 'middle',
+        class_token: ClassToken = 'middle',
         bidirectional: bool = True,
         average_directions: bool = True,
         rope: bool = False,
@@ -318,7 +322,7 @@ class VisionMamba(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth = depth
         self.class_token = class_token
-        self.num_prefix_tokens = int(class_token is not None)
+        self.num_prefix_tokens = int(class_token != 'none')
         self.rope = rope
         self.rope_grid_size = rope_grid_size
         self.dynamic_img_size = dynamic_img_size
@@ -336,7 +340,7 @@ class VisionMamba(nn.Module):
         )
         class_token_index(class_token, patch_embed.num_patches)  # refuses an unknown place
         num_tokens = patch_embed.num_patches + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if self.num_prefix_tokens else None
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim, **dd))
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -383,8 +387,8 @@ class VisionMamba(nn.Module):
     def _set_global_pool(self, global_pool: str) -> None:
         if global_pool not in ('', 'avg', 'token'):
             raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}.")
-        if global_pool == 'token' and self.class_token is None:
-            raise ValueError("global_pool='token' needs a class token; use 'avg' with class_token=None.")
+        if global_pool == 'token' and self.class_token == 'none':
+            raise ValueError("global_pool='token' needs a class token; use 'avg' with class_token='none'.")
         self.global_pool = global_pool
 
     @torch.jit.ignore
@@ -587,7 +591,7 @@ class VisionMambaPyramid(VisionMamba):
         img_size: int | tuple[int, int] = 512,
         num_classes: int = 0,
         global_pool: Literal['avg', ''] = '',
-        class_token: ClassToken | None = None,
+        class_token: ClassToken = 'none',
         device=None,
         dtype=None,
         **kwargs: Any,
@@ -607,9 +611,9 @@ class VisionMambaPyramid(VisionMamba):
             **kwargs,
             **dd,
         )
-        if len(block_indices) != 4 or not all(0 <= i < self.depth for i in block_indices):
-            raise ValueError(f'block_indices must be four of the {self.depth} blocks, got {block_indices}.')
-        self.block_indices = list(block_indices)
+        if len(set(block_indices)) != 4 or not set(block_indices) <= set(range(self.depth)):
+            raise ValueError(f'block_indices must be four different ones of the {self.depth} blocks, got {block_indices}.')
+        self.block_indices = sorted(block_indices)
         self.features = features
         dim, stride = self.embed_dim, self.patch_embed.feat_ratio()
         self.fpn1 = nn.Sequential(
@@ -662,7 +666,10 @@ class VisionMambaPyramid(VisionMamba):
             )
         levels = sorted(feature_take_indices(4, indices)[0])
         final, maps = super().forward_intermediates(
-            x, [self.block_indices[level] for level in levels], norm=norm, stop_early=stop_early
+            x,
+            [self.block_indices[level] for level in levels],
+            norm=norm,
+            stop_early=stop_early,
         )
         maps = [getattr(self, f'fpn{level + 1}')(feature) for level, feature in zip(levels, maps)]
         return maps if intermediates_only else (final, maps)
@@ -688,25 +695,25 @@ class VisionMambaPyramid(VisionMamba):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
     """Fit a published checkpoint, or one of ours, to `model`.
 
-    Stored rotary tables are dropped (they are computed), the position embedding is resized to the model's grid, and the
-    class token leaves, with its row of the position embedding, if the model has none.
+    Stored rotary tables are dropped (they are computed), and the class token leaves, with its row of the position
+    embedding, if the model has none. A position embedding with another number of rows than the model's is taken for a
+    square grid and resized. A pyramid that the checkpoint lacks stays as it is in the model, with a warning.
     """
     rotary = any(key.startswith('rope.') for key in state_dict)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith('rope.')}
+    if isinstance(model, VisionMambaPyramid) and not any(key.startswith('fpn') for key in state_dict):
+        _logger.warning('The checkpoint has no pyramid (fpn1, fpn2); it stays as initialised in the model.')
+        state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith('fpn')}
     pos_embed = state_dict.get('pos_embed')
-    if pos_embed is None or ('cls_token' not in state_dict and model.class_token is not None):
+    if pos_embed is None or ('cls_token' not in state_dict and model.cls_token is not None):
         return state_dict
-    if 'cls_token' in state_dict:
-        # of the published checkpoints, those with rotary tables have the class token in front
-        source = model.class_token or ('front' if rotary else 'middle')
-        num_patches = pos_embed.shape[1] - 1
-    else:
-        source, num_patches = None, pos_embed.shape[1]
-    if model.class_token is None and source is not None:
+    if 'cls_token' in state_dict and model.cls_token is None:
         del state_dict['cls_token']
-        pos_embed = drop_token(pos_embed, class_token_index(source, num_patches))
-        source = None
+        # of the published checkpoints, those with rotary tables have the class token in front
+        source = 'front' if rotary else 'middle'
+        pos_embed = drop_token(pos_embed, class_token_index(source, pos_embed.shape[1] - 1))
     if pos_embed.shape[1] != model.pos_embed.shape[1]:
+        num_patches = pos_embed.shape[1] - model.num_prefix_tokens
         side = math.isqrt(num_patches)
         if side * side != num_patches:
             raise ValueError(
@@ -714,7 +721,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
                 f'model has {model.patch_embed.num_patches}. Load it into a model of the img_size it was trained at, '
                 'then call set_input_size().'
             )
-        pos_embed = resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, source)
+        pos_embed = resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, model.class_token)
     return {**state_dict, 'pos_embed': pos_embed}
 
 
@@ -746,7 +753,7 @@ def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
 
 
 def _seg_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 512, 512), classifier=None, **kwargs)
+    return _cfg(num_classes=0, input_size=(3, 512, 512), **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -826,21 +833,21 @@ def vim_tiny_patch16_224_rope(pretrained: bool = False, **kwargs: Any) -> Vision
 @register_model
 def vim_tiny_patch16_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-Ti without class token, averaging the patches: 7.1M params."""
-    model_args = {'embed_dim': 192, 'class_token': None, 'global_pool': 'avg'}
+    model_args = {'embed_dim': 192, 'class_token': 'none', 'global_pool': 'avg'}
     return _create_vim('vim_tiny_patch16_gap_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim_small_patch16_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-S without class token, averaging the patches: 25.8M params."""
-    model_args = {'embed_dim': 384, 'class_token': None, 'global_pool': 'avg'}
+    model_args = {'embed_dim': 384, 'class_token': 'none', 'global_pool': 'avg'}
     return _create_vim('vim_small_patch16_gap_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim_base_patch16_gap_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """Vim-B without class token, averaging the patches: 97.6M params."""
-    model_args = {'embed_dim': 768, 'class_token': None, 'global_pool': 'avg'}
+    model_args = {'embed_dim': 768, 'class_token': 'none', 'global_pool': 'avg'}
     return _create_vim('vim_base_patch16_gap_224', pretrained, **dict(model_args, **kwargs))
 
 
