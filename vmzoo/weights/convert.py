@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, get_pretrained_cfg, list_models, model_entrypoint
+from timm.models import adapt_input_conv, get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
+
+from vmzoo.models._registry import list_architectures
 
 from .errors import CheckpointMismatch
 from .read import read_checkpoint
@@ -193,28 +195,27 @@ def _check(weights: dict[str, Tensor], target: dict[str, Tensor], model: nn.Modu
         )
         if keys
     ]
-    fitting = _fitting_architectures(weights, model)
-    if fitting:
-        lines.append(f'  It fits {" or ".join(fitting)}: create that model instead.')
+    # Looked for among relatives only: each candidate has to be built, if without memory.
+    related = 2 * (len(target) - len(missing)) >= min(len(target), len(weights))
+    if related and (fitting := _fitting_architecture(weights, model)):
+        lines.append(f'  It fits {fitting}: create that model instead.')
     raise CheckpointMismatch('\n'.join(lines))
 
 
-def _fitting_architectures(weights: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """Names registered architectures of the same family whose keys and shapes agree exactly, heads aside."""
-    family = type(model).__module__.rpartition('.')[2]
-
-    def shapes(state: Mapping[str, Tensor], name: str) -> dict[str, torch.Size]:
+def _fitting_architecture(weights: dict[str, Tensor], model: nn.Module) -> str | None:
+    """Finds a registered architecture of the same family whose keys and shapes agree exactly, heads aside."""
+    for name in list_architectures(type(model).__module__.rpartition('.')[2]):
         cfg = get_pretrained_cfg(name)
         heads = tuple(f'{classifier}.' for classifier in _names(cfg and cfg.classifier))
-        return {key: value.shape for key, value in state.items() if not key.startswith(heads or ('\0',))}
-
-    fitting = []
-    for name in list_models(module=family):
         with torch.device('meta'):
-            candidate = model_entrypoint(name)()
-        if shapes(weights, name) == shapes(candidate.state_dict(), name):
-            fitting.append(name)
-    return fitting
+            candidate = model_entrypoint(name)().state_dict()
+        if _shapes(weights, heads) == _shapes(candidate, heads):
+            return name
+    return None
+
+
+def _shapes(state: Mapping[str, Tensor], without: tuple[str, ...]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if not key.startswith(without)}
 
 
 def _describe(model: nn.Module) -> str:

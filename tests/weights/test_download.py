@@ -1,0 +1,238 @@
+"""`pretrained=True` through timm's own calls, against a server on this machine that serves the published format."""
+
+import json
+import threading
+from contextlib import contextmanager
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import timm
+import torch
+
+from vmzoo.weights import CheckpointError, CheckpointMismatch, manifest
+
+
+class Config(dict):
+    """Stands for yacs' CfgNode."""
+
+
+@contextmanager
+def serving(files):
+    """Serves `path -> (status, body, announced length)` on a free port; yields the address and the list of requests."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            status, body, length = files.get(self.path, (404, b'', 0))
+            self.send_response(status)
+            self.send_header('Content-Length', str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', requests
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def torch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('no_proxy', '*')
+    return tmp_path / 'torch'
+
+
+@pytest.fixture(scope='module')
+def source():
+    model = timm.create_model('vmamba_nano').eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def published(source, tmp_path):
+    """A file as published: weights under `model`, training state, and a config object."""
+    path = tmp_path / 'published_ckpt_epoch_1.pth'
+    torch.save(
+        {
+            'model': source.state_dict(),
+            'optimizer': {'state': {}},
+            'config': Config(MODEL=Config(TYPE='vssm')),
+            'epoch': 1,
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def served(published):
+    body = published.read_bytes()
+    files = {
+        '/good.pth': (200, body, len(body)),
+        '/cut.pth': (200, body[: len(body) // 2], len(body)),
+        '/page.pth': (200, b'<html>Please sign in</html>', 27),
+    }
+    with serving(files) as (address, requests):
+        yield address, requests
+
+
+def create(name='vmamba_nano', *, source, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **kwargs)
+
+
+def test_file_is_one_that_timm_refuses(published):
+    with pytest.raises(RuntimeError, match='weights_only'):
+        timm.models.load_state_dict(str(published))
+
+
+def test_url_downloads_once_into_the_cache(source, served, torch_home):
+    address, requests = served
+    image = torch.randn(1, 3, 32, 32)
+    for _ in range(2):
+        model = create(source={'url': f'{address}/good.pth'}).eval()
+        torch.testing.assert_close(model(image), source(image))
+    assert requests == ['/good.pth']
+    assert [path.name for path in (torch_home / 'hub/checkpoints').iterdir()] == ['good.pth']
+
+
+def test_default_cfg_url(source, served, monkeypatch):
+    """The plain call: the address comes from the registered cfg."""
+    address, _ = served
+    cfg = timm.get_pretrained_cfg('vmamba_nano')
+    monkeypatch.setattr(cfg, 'url', f'{address}/good.pth')
+    monkeypatch.setattr('timm.models._builder.get_pretrained_cfg', lambda name: cfg)
+    model = timm.create_model('vmamba_nano', pretrained=True)
+    assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
+
+
+def test_cache_dir(served, tmp_path):
+    address, _ = served
+    create(source={'url': f'{address}/good.pth'}, cache_dir=tmp_path / 'mine')
+    assert (tmp_path / 'mine/good.pth').is_file()
+
+
+def test_local_file(source, published):
+    model = create(source={'file': str(published)})
+    assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
+    assert model.pretrained_cfg['file'] == str(published)
+
+
+def test_file_changes(source, published):
+    overlay = {'file': str(published)}
+    image = torch.randn(2, 3, 32, 32)
+    five = create(source=overlay, num_classes=5)
+    assert five(image).shape == (2, 5)
+    assert torch.equal(five.classifier.norm.weight, source.classifier.norm.weight)
+
+    none = create(source=overlay, num_classes=0).eval()
+    torch.testing.assert_close(none(image), source.forward_head(source.forward_features(image), pre_logits=True))
+
+    grey = create(source=overlay, in_chans=1).eval()
+    torch.testing.assert_close(grey(image[:, :1]), source(image[:, :1].expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+
+    features = create(source=overlay, features_only=True, out_indices=(1, 3)).eval()
+    expected = source.forward_intermediates(image, indices=(1, 3), intermediates_only=True)
+    for got, want in zip(features(image), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_own_weights_through_the_other_sources(source, tmp_path):
+    """An in-memory state dict, a folder that timm saved, and `checkpoint_path` go through timm's loaders."""
+    image = torch.randn(1, 3, 32, 32)
+    model = create(source={'state_dict': source.state_dict()}).eval()
+    torch.testing.assert_close(model(image), source(image))
+
+    timm.models.save_for_hf(source, tmp_path / 'saved', safe_serialization=True)
+    model = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    torch.testing.assert_close(model(image), source(image))
+
+    model = timm.create_model('vmamba_nano', checkpoint_path=str(tmp_path / 'saved/model.safetensors')).eval()
+    torch.testing.assert_close(model(image), source(image))
+
+
+def test_wrong_architecture_names_keys_and_shapes(published):
+    with pytest.raises(CheckpointMismatch) as error:
+        create('vmamba_tiny_s1l8', source={'file': str(published)})
+    message = str(error.value)
+    assert message.startswith(f'{published}: the checkpoint does not fit vmamba_tiny_s1l8 (VMamba)')
+    assert 'missing keys' in message
+    assert 'patch_embed.0.weight: (' in message
+    assert 'It fits vmamba_nano: create that model instead.' in message
+
+
+def test_not_found(served):
+    address, _ = served
+    with pytest.raises(CheckpointError, match=r'could not download http://127.*/none\.pth: HTTP Error 404.*overlay'):
+        create(source={'url': f'{address}/none.pth'})
+
+
+def test_no_server():
+    with serving({}) as (address, _):
+        pass
+    with pytest.raises(CheckpointError, match='could not download'):
+        create(source={'url': f'{address}/good.pth'})
+
+
+@pytest.mark.parametrize('file', ['cut.pth', 'page.pth'])
+def test_damaged_download_does_not_stay_in_the_cache(served, torch_home, file):
+    address, requests = served
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r'removed from the cache|could not download'):
+            create(source={'url': f'{address}/{file}'})
+    assert requests == [f'/{file}'] * 2
+    assert not list((torch_home / 'hub/checkpoints').iterdir())
+
+
+def test_mismatch_keeps_the_download(served, torch_home):
+    address, _ = served
+    with pytest.raises(CheckpointMismatch):
+        create('vmamba_tiny_s1l8', source={'url': f'{address}/good.pth'})
+    assert (torch_home / 'hub/checkpoints/good.pth').is_file()
+
+
+def test_missing_local_file_stays_a_file_error():
+    with pytest.raises(FileNotFoundError, match=r'absent\.pth'):
+        create(source={'file': 'absent.pth'})
+
+
+def test_no_weights_published():
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for vmamba_nano'):
+        timm.create_model('vmamba_nano', pretrained=True)
+
+
+def test_recorded_digest_is_verified(served, published, torch_home, monkeypatch):
+    address, _ = served
+    url = f'{address}/good.pth'
+    content = published.read_bytes()
+    digests = {url: {'sha256': sha256(content).hexdigest(), 'size': len(content)}}
+    monkeypatch.setattr(manifest, '_digests', lambda: digests)
+    create(source={'url': url})
+
+    cached = torch_home / 'hub/checkpoints/good.pth'
+    cached.write_bytes(content + b'\0')
+    with pytest.raises(CheckpointError, match=f'has {len(content) + 1} bytes.*should have {len(content)}'):
+        create(source={'url': url})
+    digests[url]['sha256'] = '0' * 64
+    with pytest.raises(CheckpointError, match='SHA-256 is'):
+        create(source={'url': url})
+    assert not cached.exists()
+
+
+def test_manifest_covers_every_published_weight():
+    weights = manifest.published_weights()
+    assert {weight.name for weight in weights} >= {'vmamba_tiny_s1l8.in1k', 'vmamba_v0_base.dp05_in1k'}
+    assert all(weight.license for weight in weights), 'every published weight states its licence'
+    urls = json.loads(manifest.resources.files('vmzoo.weights').joinpath('manifest.json').read_text())
+    assert urls.keys() == {weight.url for weight in weights}
