@@ -1,0 +1,27 @@
+"""What the registry-wide tests must know about a family, and where one departs from the contract, with the reason.
+
+Keys are names of families (the module that defines the model) or of single models; a model's own entry comes last.
+"""
+
+# Arguments that make a model small enough to run in every test, with everything that its published size has.
+SMALL = {
+    'vmamba': {'depths': (1, 1, 2, 1), 'embed_dim': 16},
+    'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
+    'vim_tiny_seg': {'block_indices': (0, 1, 2, 3)},
+    'vim_small_seg': {'block_indices': (0, 1, 2, 3)},
+}
+
+# test -> family or model -> reason
+EXEMPT = {
+    'test_any_image_size': {
+        'vim': 'the position embedding is made for one size; other sizes are an option that its own tests cover',
+    },
+    'test_forward_features_is_a_map': {
+        'vim': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
+    },
+}
+
+# Parts of timm's own suite that no model here can meet:
+#   TorchScript and FX tracing: the scan is a torch.library operator called from Python that builds its tables from the
+#   size of the map; torch.compile and torch.export, which see through that, are tested instead.
+#   output_stride: a scan has no dilated form, so any stride but the model's own is refused.
