@@ -612,10 +612,13 @@ class VisionMambaPyramid(VisionMamba):
             **dd,
         )
         if len(set(block_indices)) != 4 or not set(block_indices) <= set(range(self.depth)):
-            raise ValueError(f'block_indices must be four different ones of the {self.depth} blocks, got {block_indices}.')
+            raise ValueError(
+                f'block_indices must be four different ones of the {self.depth} blocks, got {block_indices}.'
+            )
         self.block_indices = sorted(block_indices)
         self.features = features
         dim, stride = self.embed_dim, self.patch_embed.feat_ratio()
+        self.norm_f.requires_grad_(False)  # no level goes through it
         self.fpn1 = nn.Sequential(
             nn.ConvTranspose2d(dim, dim, 2, stride=2, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -697,12 +700,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
 
     Stored rotary tables are dropped (they are computed), and the class token leaves, with its row of the position
     embedding, if the model has none. A position embedding with another number of rows than the model's is taken for a
-    square grid and resized. A pyramid that the checkpoint lacks stays as it is in the model, with a warning.
+    square grid and resized. A classifier loads into a pyramid, with a warning: without its head, and with the model's
+    own pyramid.
     """
     rotary = any(key.startswith('rope.') for key in state_dict)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith('rope.')}
     if isinstance(model, VisionMambaPyramid) and not any(key.startswith('fpn') for key in state_dict):
-        _logger.warning('The checkpoint has no pyramid (fpn1, fpn2); it stays as initialised in the model.')
+        _logger.warning('The checkpoint is a classifier: its head is dropped, the pyramid stays as initialised.')
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.')}
         state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith('fpn')}
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is None or ('cls_token' not in state_dict and model.cls_token is not None):
@@ -753,7 +758,7 @@ def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
 
 
 def _seg_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 512, 512), **kwargs)
+    return _cfg(num_classes=0, input_size=(3, 512, 512), classifier=None, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
