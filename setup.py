@@ -1,9 +1,11 @@
 """Packaging of vmzoo: two import packages, `vmzoo` (the library) and `vmzoo_kernels` (the scan operators)."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -14,6 +16,15 @@ def read_version() -> str:
     if match is None:
         raise RuntimeError('vmzoo/__init__.py has no line of the form: __version__ = "1.2.3"')
     return match.group(1)
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ into the wheel as vmzoo/.mim/configs, where mm tools look for it; a checkout uses it in place."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / 'configs', Path(self.build_lib) / 'vmzoo/.mim/configs', dirs_exist_ok=True)
 
 
 # mmengine's Runner needs no compiled operator; classification therefore stays free of mmcv.
@@ -40,13 +51,15 @@ setup(
     packages=find_packages(include=['vmzoo', 'vmzoo.*'])
     + find_packages('kernels', include=['vmzoo_kernels', 'vmzoo_kernels.*']),
     package_dir={'vmzoo': 'vmzoo', 'vmzoo_kernels': 'kernels/vmzoo_kernels'},
-    package_data={'vmzoo': ['weights/*.json']},
+    package_data={'vmzoo': ['models/*.json', 'weights/*.json']},
+    cmdclass={'build_py': BuildWithConfigs},
     install_requires=[
         # Reading pickled weights is unsafe in older releases (CVE-2025-32434, CVE-2026-24747).
         'torch>=2.10',
         'timm>=1.0.31',
         'numpy>=1.26',
         'huggingface_hub>=0.25',
+        'packaging>=23',
         'pillow>=10',
         'rich>=13',
         'safetensors>=0.4.5',

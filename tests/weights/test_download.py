@@ -217,7 +217,7 @@ def test_recorded_digest_is_verified(served, published, torch_home, monkeypatch)
     url = f'{address}/good.pth'
     content = published.read_bytes()
     digests = {url: {'sha256': sha256(content).hexdigest(), 'size': len(content)}}
-    monkeypatch.setattr(manifest, '_digests', lambda: digests)
+    monkeypatch.setattr(manifest, '_entries', lambda: digests)
     create(source={'url': url})
 
     cached = torch_home / 'hub/checkpoints/good.pth'

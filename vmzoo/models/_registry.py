@@ -1,6 +1,34 @@
-"""Which of timm's registered models are ours."""
+"""Which of timm's registered models are ours, and what is known of each without building it."""
 
-from timm.models import get_pretrained_cfg, is_model, list_models, model_entrypoint
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+from timm.models import create_model, get_pretrained_cfg, is_model, list_models, model_entrypoint
+from timm.models._pretrained import PretrainedCfg
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Facts about an architecture as registered.
+
+    Attributes:
+        task: `classification`, `backbone` (feature maps only), or what the model class states as its `task`.
+        params: Number of parameters, classifier included.
+        input_size: (C, H, W) of the default cfg.
+        channels: Width of each feature map of `features_only=True`; empty for a model that has none.
+        reductions: By how much each of them is smaller than the image.
+    """
+
+    name: str
+    family: str
+    task: str
+    params: int
+    input_size: tuple[int, int, int]
+    channels: tuple[int, ...]
+    reductions: tuple[int, ...]
 
 
 def list_architectures(family: str | None = None) -> list[str]:
@@ -16,9 +44,41 @@ def family_of(name: str) -> str | None:
     return module if package == __package__ else None
 
 
-def default_cfgs_of(name: str) -> dict[str, object]:
+def default_cfgs_of(name: str) -> dict[str, PretrainedCfg]:
     """Returns `tag -> PretrainedCfg` of an architecture, the default first; `''` is the tag of an untagged cfg."""
     tags = [tagged.partition('.')[2] for tagged in list_models(f'{name}.*', include_tags=True)]
     default = get_pretrained_cfg(name)
-    cfgs = {tag: get_pretrained_cfg(f'{name}.{tag}') for tag in tags if tag} or {'': default}
+    cfgs = {tag: get_pretrained_cfg(f'{name}.{tag}') for tag in tags} or {'': default}
     return dict(sorted(cfgs.items(), key=lambda item: item[1].tag != default.tag))
+
+
+def summarize(name: str) -> ModelSummary:
+    """Builds the model on the meta device and looks at it."""
+    model = create_model(name, device='meta')
+    cfg = get_pretrained_cfg(name)
+    task = getattr(model, 'task', None) or ('classification' if cfg.num_classes else 'backbone')
+    channels, reductions = (), ()
+    if getattr(model, 'feature_info', None):
+        info = create_model(name, features_only=True, device='meta').feature_info
+        channels, reductions = tuple(info.channels()), tuple(info.reduction())
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return ModelSummary(name, family_of(name), task, params, tuple(cfg.input_size), channels, reductions)
+
+
+@functools.cache
+def _recorded() -> dict[str, dict[str, Any]]:
+    """`summaries.json`, written by tools/make_model_cards.py, so that listing builds no model."""
+    return json.loads(resources.files(__package__).joinpath('summaries.json').read_text(encoding='utf-8'))
+
+
+def summary_of(name: str) -> ModelSummary:
+    """Returns the recorded summary, or a fresh one for a model that was registered since."""
+    recorded = _recorded().get(name)
+    if recorded is None:
+        return summarize(name)
+    return ModelSummary(**{key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()})
+
+
+def as_record(summary: ModelSummary) -> dict[str, Any]:
+    """Returns what `summaries.json` holds of a summary."""
+    return asdict(summary)

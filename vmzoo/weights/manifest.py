@@ -1,7 +1,8 @@
 """What is published, with its licence; and the digests of the files, for those that are known.
 
-Address, licence and source of a weight stand in the model's `default_cfgs`; `manifest.json` adds what timm's cfg has no
-field for: the file's SHA-256 and size. `null` there means that nobody has recorded it yet, and nothing is verified.
+Address, licence and source of a weight stand in the model's `default_cfgs`; `manifest.json` adds, by address, what
+timm's cfg has no field for: the file's SHA-256 and size, and the accuracy that its publisher states. A digest of `null`
+means that nobody has recorded it yet, and nothing is verified.
 """
 
 import functools
@@ -17,17 +18,25 @@ from .errors import CheckpointError
 
 @dataclass(frozen=True)
 class PublishedWeight:
-    """One published file: `name` is `architecture.tag`; `sha256` and `size` (bytes) are None while unrecorded."""
+    """One published file.
+
+    Attributes:
+        name: `architecture.tag`.
+        sha256: Digest in hexadecimal, None while unrecorded.
+        size: Bytes, None while unrecorded.
+        metrics: As published, in percent: `imagenet1k_top1`, `imagenet1k_top5`.
+    """
 
     name: str
     url: str
     license: str
     sha256: str | None
     size: int | None
+    metrics: dict[str, float]
 
 
 @functools.cache
-def _digests() -> dict[str, dict]:
+def _entries() -> dict[str, dict]:
     return json.loads(resources.files(__package__).joinpath('manifest.json').read_text(encoding='utf-8'))
 
 
@@ -39,9 +48,8 @@ def published_weights() -> list[PublishedWeight]:
     for architecture in list_architectures():
         for tag, cfg in default_cfgs_of(architecture).items():
             if cfg.url:
-                digest = _digests().get(cfg.url, {})
-                name = f'{architecture}.{tag}'
-                weights.append(PublishedWeight(name, cfg.url, cfg.license, digest.get('sha256'), digest.get('size')))
+                entry = {'sha256': None, 'size': None, 'metrics': {}} | _entries().get(cfg.url, {})
+                weights.append(PublishedWeight(f'{architecture}.{tag}', cfg.url, cfg.license, **entry))
     return weights
 
 
@@ -51,19 +59,19 @@ def verify(path: str | os.PathLike[str], url: str) -> None:
     Raises:
         CheckpointError: Size or SHA-256 differ.
     """
-    digest = _digests().get(url, {})
+    entry = _entries().get(url, {})
     size = Path(path).stat().st_size
-    if digest.get('size') is not None and size != digest['size']:
-        raise CheckpointError(f'{path}: has {size} bytes, {url} should have {digest["size"]}')
-    if digest.get('sha256') is not None:
-        with open(path, 'rb') as file:
-            found = _sha256(file)
-        if found != digest['sha256']:
-            raise CheckpointError(f'{path}: SHA-256 is {found}, of {url} it should be {digest["sha256"]}')
+    if entry.get('size') is not None and size != entry['size']:
+        raise CheckpointError(f'{path}: has {size} bytes, {url} should have {entry["size"]}')
+    if entry.get('sha256') is not None:
+        found = _sha256(path)
+        if found != entry['sha256']:
+            raise CheckpointError(f'{path}: SHA-256 is {found}, of {url} it should be {entry["sha256"]}')
 
 
-def _sha256(file) -> str:
+def _sha256(path: str | os.PathLike[str]) -> str:
     hasher = hashlib.sha256()
-    while block := file.read(1 << 20):
-        hasher.update(block)
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
     return hasher.hexdigest()

@@ -1,0 +1,90 @@
+"""`vmzoo info NAME`: one model in full."""
+
+import argparse
+import difflib
+import json
+
+from vmzoo.models._registry import default_cfgs_of, list_architectures, summary_of
+from vmzoo.weights import published_weights
+
+from .output import print_fields
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = 'examples: vmzoo info vmamba_tiny_s1l8 | vmzoo info vmamba_v0_base.dp05_in1k'
+    parser.add_argument('name', help='a name from `vmzoo list`, with or without a tag')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the facts.
+
+    Raises:
+        ValueError: Unknown model or tag.
+    """
+    name, cfg = _find(args.name)
+    summary = summary_of(name)
+    weights = [weight for weight in published_weights() if weight.name.partition('.')[0] == name]
+    if args.json:
+        facts = {
+            **vars(summary),
+            'num_classes': cfg.num_classes,
+            'mean': cfg.mean,
+            'std': cfg.std,
+            'interpolation': cfg.interpolation,
+            'crop_pct': cfg.crop_pct,
+            'license': cfg.license,
+            'paper': cfg.paper_ids,
+            'source': cfg.origin_url,
+            'weights': [vars(weight) for weight in weights],
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+
+    fields = [
+        ('family', summary.family),
+        ('task', summary.task),
+        ('parameters', f'{summary.params / 1e6:.2f} M'),
+        ('input', f'{"x".join(map(str, cfg.input_size))}' + (' (fixed)' if cfg.fixed_input_size else ' (any size)')),
+        (
+            'preprocessing',
+            f'{cfg.interpolation}, crop {cfg.crop_pct}, mean {_numbers(cfg.mean)}, std {_numbers(cfg.std)}',
+        ),
+        ('classes', str(cfg.num_classes) if cfg.num_classes else 'none: it returns features'),
+    ]
+    if summary.channels:
+        maps = ', '.join(f'{c} (1/{r})' for c, r in zip(summary.channels, summary.reductions, strict=True))
+        fields.append(('features', f'{maps}: channels and scale of features_only=True'))
+    fields += [
+        ('paper', f'{cfg.paper_name} ({cfg.paper_ids})'),
+        ('source', cfg.origin_url),
+        ('licence', ' '.join(filter(None, (cfg.license, cfg.description)))),
+    ]
+    for weight in weights:
+        top1 = weight.metrics.get('imagenet1k_top1')
+        accuracy = f'ImageNet-1k top-1 {top1} %, as published; ' if top1 else ''
+        checked = f'SHA-256 {weight.sha256}' if weight.sha256 else 'no digest recorded'
+        fields.append((f'weights {weight.name.partition(".")[2]}', f'{weight.url} ({accuracy}{checked})'))
+    if not weights:
+        fields.append(('weights', 'none published'))
+    print_fields(name, fields)
+    return 0
+
+
+def _find(wanted: str):
+    name, _, tag = wanted.partition('.')
+    names = list_architectures()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f'did you mean {" or ".join(close)}?' if close else '`vmzoo list` shows all'
+        raise ValueError(f'unknown model {name}: {hint}')
+    cfgs = default_cfgs_of(name)
+    if not tag:
+        return name, next(iter(cfgs.values()))
+    if tag not in cfgs:
+        raise ValueError(f'{name} has no tag {tag}; it has: {", ".join(cfgs)}')
+    return name, cfgs[tag]
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return '/'.join(f'{value:g}' for value in values)
