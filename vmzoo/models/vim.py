@@ -443,8 +443,8 @@ class VisionMamba(nn.Module):
         """Replace the classifier; `global_pool` None keeps the pooling."""
         if global_pool is not None:
             self._set_global_pool(global_pool)
-        self.num_classes = num_classes
         self.head = self._build_head(num_classes, **get_device_dtype(self))
+        self.num_classes = num_classes
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -479,7 +479,8 @@ class VisionMamba(nn.Module):
     def _apply_block(self, i: int, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Stream -> the stream as the next block takes it, and the output of block i's mixer."""
         block = self.layers[i]
-        x, mixed = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        x, mixed = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        # by the depth as built, so that pruning changes no feature
         if rope is not None and i < self.depth - 1:
             x = apply_rope(x, *rope)
         return x, mixed
