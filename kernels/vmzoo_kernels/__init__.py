@@ -1,10 +1,12 @@
 """Shared 2D selective-scan operators: routes, a plain reference, and torch and Triton backends."""
 
+from .backends import available_backends
 from .ops import route_scan, selective_scan
 from .routes import Routes, gather_routes, get_routes, merge_routes, route_names, routes_from_table
 
 __all__ = [
     'Routes',
+    'available_backends',
     'gather_routes',
     'get_routes',
     'merge_routes',

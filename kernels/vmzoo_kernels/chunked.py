@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .common import compute_dtype
+
 _NEUTRAL = -2  # fills the last chunk up: a step that leaves the state alone
 _PADDING = -1  # a zero token of the route: the state decays
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of state, softplus, exp and sums for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Lanes(NamedTuple):
@@ -68,7 +65,7 @@ def _to_lanes(x: Tensor, table: Tensor, dtype: torch.dtype, mask: bool) -> Tenso
     """[B, L, F] or [B, L, K, F] in the order of a table: [B, K, T, M, F]."""
     rows = x.flatten(1, 2) if x.ndim == 4 else x
     out = rows.index_select(1, _flat_index(table, x)).to(dtype).unflatten(1, table.shape)
-    return out * (table >= 0).unsqueeze(-1) if mask else out
+    return out.masked_fill_((table < 0).unsqueeze(-1), 0.0) if mask else out
 
 
 def _from_lanes(y: Tensor, table: Tensor, lanes: _Lanes, reduce: bool) -> Tensor:
@@ -114,7 +111,7 @@ def _step_sizes(
         raw = raw + dt_bias[:, None, None]
     delta = _softplus(raw) if softplus else raw
     if not lanes.filled:
-        delta = delta * (lanes.gather != _NEUTRAL).unsqueeze(-1)
+        delta = delta.masked_fill((lanes.gather == _NEUTRAL).unsqueeze(-1), 0.0)
     return delta, raw, routed
 
 
@@ -169,9 +166,10 @@ def forward(
     merge: Tensor,
     complete: bool,
     softplus: bool,
-    reduce: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scan of :mod:`vmzoo_kernels.ops`; returns y in the compute dtype and the last states [B, K, S, D, N]."""
+    out: Tensor,
+    last: Tensor,
+) -> None:
+    """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
     dtype = compute_dtype(x.dtype)
     A, D, dt_weight, dt_bias = (v if v is None else v.to(dtype) for v in (A, D, dt_weight, dt_bias))
     lanes = _make_lanes(gather, merge, x.shape[1], complete)
@@ -180,15 +178,14 @@ def forward(
     u = _to_lanes(x, lanes.gather, dtype, mask)
     b, c = (_to_lanes(v, lanes.gather, dtype, mask) for v in (B, C))
     delta_u = delta * u
-    y, last = None, []
+    y = None
     for n in range(A.shape[-1]):
         decay = (delta * A[:, None, None, :, n]).exp_()
-        h, _, last_n = _states(decay, delta_u * b[..., n : n + 1], lanes.num_sequences)
-        last.append(last_n)
+        h, _, last[..., n] = _states(decay, delta_u * b[..., n : n + 1], lanes.num_sequences)
         y = h.mul_(c[..., n : n + 1]) if y is None else y.addcmul_(h, c[..., n : n + 1])
     if D is not None:
         y = y.addcmul_(u, D[:, None, None])
-    return _from_lanes(y, lanes.merge, lanes, reduce), torch.stack(last, dim=-1)
+    out.copy_(_from_lanes(y, lanes.merge, lanes, reduce=out.ndim == 3))
 
 
 def backward(
@@ -243,7 +240,7 @@ def backward(
     if softplus:
         d_delta.mul_(torch.sigmoid(raw))
     if mask:
-        d_delta.mul_((lanes.gather != _NEUTRAL).unsqueeze(-1))
+        d_delta.masked_fill_((lanes.gather == _NEUTRAL).unsqueeze(-1), 0.0)
     d_bias = d_delta.sum((0, 2, 3)) if dt_bias is not None else None
     d_weight = None
     d_dt = d_delta

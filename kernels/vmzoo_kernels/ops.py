@@ -12,24 +12,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
 from .backends import resolve_backend
+from .common import STATE_INTERVAL, compute_dtype
 from .routes import Routes, get_routes
 
 
-def _empty_like_x(x: Tensor, num_routes: int, reduce: bool, dtype: torch.dtype) -> Tensor:
-    """An uninitialised output: [B, L, D], or [B, L, K, D] in the memory order of ``x`` if that has this shape."""
-    if reduce or x.ndim == 3:
-        shape = (*x.shape[:2], x.shape[-1]) if reduce else (*x.shape[:2], num_routes, x.shape[-1])
-        return x.new_empty(shape, dtype=dtype)
-    return torch.empty_like(x, dtype=dtype)
-
-
-def _states_shape(x: Tensor, A: Tensor, gather: Tensor) -> tuple[int, ...]:
-    """Shape of the chunk-boundary states that the Triton forward keeps for its backward."""
+def _empty_outputs(
+    x: Tensor, A: Tensor, gather: Tensor, reduce: bool, out_dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised y, last states [B, K, S, D, N], and states to ``keep`` [B, K, S, intervals, D, N] (else empty)."""
     num_routes, sequences, steps = gather.shape
-    return x.shape[0], num_routes, sequences, -(-steps // STATE_INTERVAL), A.shape[-1], A.shape[1]
-
-
-STATE_INTERVAL = 32
+    (batch, length), (dim, d_state) = x.shape[:2], A.shape[1:]
+    acc = compute_dtype(x.dtype)
+    if reduce:
+        y = x.new_empty((batch, length, dim), dtype=out_dtype)
+    elif x.ndim == 3:
+        y = x.new_empty((batch, length, num_routes, dim), dtype=out_dtype)
+    else:
+        y = torch.empty_like(x, dtype=out_dtype)  # in the memory order of x
+    last = x.new_empty((batch, num_routes, sequences, dim, d_state), dtype=acc)
+    kept = (batch, num_routes, sequences, -(-steps // STATE_INTERVAL), dim, d_state)
+    return y, last, x.new_empty(kept if keep else 0, dtype=acc)
 
 
 @torch.library.custom_op('vmzoo::scan', mutates_args=())
@@ -52,27 +54,22 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
+    out, last, states = _empty_outputs(x, A, gather, reduce, out_dtype, save_states and backend == 'triton')
+    inputs = (x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
     if backend == 'triton':
         from . import triton_scan
 
-        return triton_scan.forward(
-            x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce, out_dtype, save_states
-        )
-    y, last = chunked.forward(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce)
-    out = _empty_like_x(x, gather.shape[0], reduce, out_dtype).copy_(y)
-    return out, last, x.new_empty(0)
+        triton_scan.forward(*inputs, out, last, states)
+    else:
+        chunked.forward(*inputs, out, last)
+    return out, last, states
 
 
 @_scan.register_fake
 def _(
     x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce, out_dtype, save_states, backend
 ):
-    acc = chunked.compute_dtype(x.dtype)
-    last = x.new_empty((x.shape[0], *gather.shape[:2], A.shape[1], A.shape[2]), dtype=acc)
-    states = x.new_empty(0)
-    if backend == 'triton' and save_states:
-        states = x.new_empty(_states_shape(x, A, gather), dtype=acc)
-    return _empty_like_x(x, gather.shape[0], reduce, out_dtype), last, states
+    return _empty_outputs(x, A, gather, reduce, out_dtype, save_states and backend == 'triton')
 
 
 @torch.library.custom_op('vmzoo::scan_backward', mutates_args=())

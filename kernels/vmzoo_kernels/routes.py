@@ -204,7 +204,7 @@ def gather_routes(x: Tensor, routes: Routes) -> Tensor:
     else:
         out = x[:, safe, torch.arange(k, device=x.device)[:, None]]
     if not routes.complete:
-        out = out * (index >= 0).unsqueeze(-1)
+        out = out.masked_fill((index < 0).unsqueeze(-1), 0.0)
     return out.unflatten(2, (s, t))
 
 
@@ -222,7 +222,7 @@ def merge_routes(y: Tensor, routes: Routes, reduce: bool = True) -> Tensor:
     index = routes.merge.flatten(1).long()  # [K, S*T]
     y = y.flatten(2, 3)  # [B, K, S*T, D]
     if not routes.complete:
-        y = y * (index >= 0).unsqueeze(-1)
+        y = y.masked_fill((index < 0).unsqueeze(-1), 0.0)
     index = index.clamp(min=0)[None, :, :, None].expand(y.shape)
     out = y.new_zeros(y.shape[0], y.shape[1], routes.num_positions, y.shape[3]).scatter_add(2, index, y)
     return out.sum(1) if reduce else out.transpose(1, 2)

@@ -1,0 +1,773 @@
+"""The ``triton`` backend: one forward and one backward kernel for every scan.
+
+A program takes one sequence of one route (or a segment of it) and a block of channels, and walks along it in tiles of
+``BLOCK_T`` steps: it gathers the rows of x by position, forms the step sizes from their low-rank factors in registers,
+scans the tile, and writes outputs to their positions. Nothing that is K times the size of x is read or written, except
+the K partial outputs, which are then summed in a fixed order: there are no atomics, so results are reproducible.
+
+Few and long sequences are split into segments, so that the GPU is filled: a first pass finds what each segment adds to
+the state, a short one carries the states across, and the main pass starts every segment from its true state. The
+backward pass walks the tiles in reverse from states kept at every tile's start.
+
+Names: ``i_`` ids, ``o_`` offsets, ``p_`` pointers, ``b_`` values of a tile; tiles are [T, D] or [T, D, N].
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backends import interpreted
+from .common import STATE_INTERVAL, compute_dtype
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _compose(decay1, state1, decay2, state2):
+    return decay1 * decay2, decay2 * state1 + state2
+
+
+@triton.jit
+def _softplus(x):
+    # log1p(e) as log(w) + (e - (w - 1)) / w, exact where 1 + e rounds; comparisons that are false for NaN keep it
+    e = tl.exp(tl.where(x > 30.0, 30.0, x))
+    w = 1.0 + e
+    return tl.where(x > 30.0, x, tl.log(w) + (e - (w - 1.0)) / w)
+
+
+@triton.jit
+def _row(tile, o_t, row):
+    """One row of a [T, ...] tile."""
+    if len(tile.shape) == 3:
+        return tl.sum(tl.where((o_t == row)[:, None, None], tile, 0.0), axis=0)
+    return tl.sum(tl.where((o_t == row)[:, None], tile, 0.0), axis=0)
+
+
+@triton.jit
+def _program(num_routes, num_sequences, num_segments, num_blocks):
+    """Ids of batch item, route, sequence, segment and channel block; channel blocks of a sequence run side by side."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_block = pid % num_blocks
+    pid = pid // num_blocks
+    i_segment = pid % num_segments
+    pid = pid // num_segments
+    i_sequence = pid % num_sequences
+    pid = pid // num_sequences
+    return pid // num_routes, pid % num_routes, i_sequence, i_segment, i_block
+
+
+@triton.jit
+def _positions(p_table, o_step, steps):
+    """Positions of a tile's steps as int64, and which of them exist (neither padding nor past the end)."""
+    b_pos = tl.load(p_table + o_step, mask=o_step < steps, other=-1)
+    return b_pos.to(tl.int64), b_pos >= 0
+
+
+@triton.jit
+def _load_rows(p_base, b_pos, stride_l, o_column, stride_column, mask):
+    return tl.load(p_base + b_pos[:, None] * stride_l + o_column[None, :] * stride_column, mask=mask, other=0.0)
+
+
+@triton.jit
+def _step_sizes(
+    p_dt,
+    b_pos,
+    b_real,
+    stride_l,
+    stride_d,
+    o_d,
+    b_in_d,
+    o_r,
+    b_weight,
+    b_bias,
+    in_sequence,
+    RANK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """delta, what went into its softplus [T, D], and the low-rank dt [T, R] (or the same again where it is whole)."""
+    if RANK > 0:
+        b_dt = _load_rows(p_dt, b_pos, stride_l, o_r, stride_d, b_real[:, None] & (o_r < RANK)[None, :]).to(ACC)
+        b_raw = tl.dot(b_dt, tl.trans(b_weight), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        b_dt = _load_rows(p_dt, b_pos, stride_l, o_d, stride_d, b_real[:, None] & b_in_d[None, :]).to(ACC)
+        b_raw = b_dt
+    b_raw += b_bias[None, :]
+    b_delta = b_raw
+    if SOFTPLUS:
+        b_delta = _softplus(b_raw)
+    # A step past the end leaves the state alone; padding inside the sequence does not.
+    return tl.where(in_sequence[:, None], b_delta, 0.0), b_raw, b_dt
+
+
+@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'steps', 'num_tiles'])
+def _forward_kernel(
+    x,
+    dt,
+    B,
+    C,
+    A,
+    D,
+    weight,
+    bias,
+    gather,
+    merge,
+    y,
+    states,
+    last,
+    segment_states,
+    segment_deltas,
+    num_routes,
+    num_sequences,
+    num_segments,
+    segment_tiles,
+    num_tiles,
+    steps,
+    dim,
+    num_blocks,
+    gather_k,
+    merge_k,
+    x_b,
+    x_l,
+    x_k,
+    x_d,
+    dt_b,
+    dt_l,
+    dt_k,
+    dt_d,
+    B_b,
+    B_l,
+    B_k,
+    B_n,
+    C_b,
+    C_l,
+    C_k,
+    C_n,
+    y_b,
+    y_l,
+    y_k,
+    y_d,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y of a segment of a sequence; as SUMMARY only the segment's end state from a zero start, and its summed delta."""
+    i_b, i_k, i_s, i_g, i_block = _program(num_routes, num_sequences, num_segments, num_blocks)
+    o_t = tl.arange(0, BLOCK_T)
+    o_d = i_block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    b_in_d, b_in_n = o_d < dim, o_n < N
+    o_dn = o_d[:, None] * N + o_n[None, :]
+    b_in_dn = b_in_d[:, None] & b_in_n[None, :]
+
+    b_A = tl.load(A + i_k * dim * N + o_dn, mask=b_in_dn, other=0.0) * _LOG2E
+    b_weight, b_bias = o_r[None, :] + o_d[:, None], tl.zeros([BLOCK_D], dtype=ACC)
+    if RANK > 0:
+        o_dr = o_d[:, None] * RANK + o_r[None, :]
+        b_weight = tl.load(weight + i_k * dim * RANK + o_dr, mask=b_in_d[:, None] & (o_r < RANK)[None, :], other=0.0)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + i_k * dim + o_d, mask=b_in_d, other=0.0)
+    if HAS_D:
+        b_D = tl.load(D + i_k * dim + o_d, mask=b_in_d, other=0.0)
+
+    x += i_b * x_b + i_k * x_k
+    dt += i_b * dt_b + i_k * dt_k
+    B += i_b * B_b + i_k * B_k
+    C += i_b * C_b + i_k * C_k
+    y += i_b * y_b + i_k * y_k
+    gather += i_k * gather_k + i_s * steps
+    merge += i_k * merge_k + i_s * steps
+    i_sequence = (i_b * num_routes + i_k) * num_sequences + i_s
+    states += i_sequence * num_tiles * dim * N
+    o_segment = (i_sequence * num_segments + i_g) * dim
+
+    b_h = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
+    b_sum = tl.zeros([BLOCK_D], dtype=ACC)
+    if SPLIT and not SUMMARY:
+        b_h = tl.load(segment_states + o_segment * N + o_dn, mask=b_in_dn, other=0.0)
+
+    first = i_g.to(tl.int32) * segment_tiles
+    for i_tile in range(first, tl.minimum(first + segment_tiles, num_tiles)):
+        if SAVE_STATES:
+            tl.store(states + tl.cast(i_tile, tl.int64) * dim * N + o_dn, b_h, mask=b_in_dn)
+        o_step = i_tile * BLOCK_T + o_t
+        b_pos, b_real = _positions(gather, o_step, steps)
+        b_delta, _, _ = _step_sizes(
+            dt,
+            b_pos,
+            b_real,
+            dt_l,
+            dt_d,
+            o_d,
+            b_in_d,
+            o_r,
+            b_weight,
+            b_bias,
+            o_step < steps,
+            RANK,
+            SOFTPLUS,
+            PRECISION,
+            ACC,
+        )
+        b_rows = b_real[:, None] & b_in_d[None, :]
+        b_columns = b_real[:, None] & b_in_n[None, :]
+        b_x = _load_rows(x, b_pos, x_l, o_d, x_d, b_rows).to(ACC)
+        b_B = _load_rows(B, b_pos, B_l, o_n, B_n, b_columns).to(ACC)
+        b_decay = tl.exp2(b_delta[:, :, None] * b_A[None, :, :])
+        b_input = (b_delta * b_x)[:, :, None] * b_B[:, None, :]
+        b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
+        b_states += b_decay * b_h[None, :, :]
+        b_h = _row(b_states, o_t, BLOCK_T - 1)
+        if SUMMARY:
+            b_sum += tl.sum(b_delta, axis=0)
+        else:
+            b_C = _load_rows(C, b_pos, C_l, o_n, C_n, b_columns).to(ACC)
+            b_y = tl.sum(b_states * b_C[:, None, :], axis=2)
+            if HAS_D:
+                b_y += b_D[None, :] * b_x
+            b_to, b_written = _positions(merge, o_step, steps)
+            p_y = y + b_to[:, None] * y_l + o_d[None, :] * y_d
+            tl.store(p_y, b_y.to(y.dtype.element_ty), mask=b_written[:, None] & b_in_d[None, :])
+
+    if SUMMARY:
+        tl.store(segment_states + o_segment * N + o_dn, b_h, mask=b_in_dn)
+        tl.store(segment_deltas + o_segment + o_d, b_sum, mask=b_in_d)
+    elif i_g == num_segments - 1:
+        tl.store(last + i_sequence * dim * N + o_dn, b_h, mask=b_in_dn)
+
+
+@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments'])
+def _carry_kernel(
+    A,
+    segment_states,
+    segment_deltas,
+    num_routes,
+    num_sequences,
+    num_segments,
+    dim,
+    num_blocks,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Replace what each segment adds to the state by the state it starts from (in REVERSE: ends on), in place."""
+    i_b, i_k, i_s, _, i_block = _program(num_routes, num_sequences, 1, num_blocks)
+    o_d = i_block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_n = tl.arange(0, BLOCK_N)
+    b_in_d = o_d < dim
+    o_dn = o_d[:, None] * N + o_n[None, :]
+    b_in_dn = b_in_d[:, None] & (o_n < N)[None, :]
+    b_A = tl.load(A + i_k * dim * N + o_dn, mask=b_in_dn, other=0.0) * _LOG2E
+    i_sequence = (i_b * num_routes + i_k) * num_sequences + i_s
+    b_h = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
+    for i in range(num_segments):
+        i_g = num_segments - 1 - i if REVERSE else i
+        o_segment = (i_sequence * num_segments + i_g) * dim
+        p_state = segment_states + o_segment * N + o_dn
+        b_added = tl.load(p_state, mask=b_in_dn, other=0.0)
+        b_delta = tl.load(segment_deltas + o_segment + o_d, mask=b_in_d, other=0.0)
+        tl.store(p_state, b_h, mask=b_in_dn)
+        b_h = tl.exp2(b_delta[:, None] * b_A) * b_h + b_added
+
+
+@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'steps', 'num_tiles'])
+def _backward_kernel(
+    dy,
+    x,
+    dt,
+    B,
+    C,
+    A,
+    D,
+    weight,
+    bias,
+    gather,
+    merge,
+    states,
+    segment_states,
+    segment_deltas,
+    dx,
+    d_dt,
+    d_B,
+    d_C,
+    d_A,
+    d_D,
+    d_weight,
+    d_bias,
+    num_routes,
+    num_sequences,
+    num_segments,
+    segment_tiles,
+    num_tiles,
+    steps,
+    dim,
+    num_blocks,
+    gather_k,
+    merge_k,
+    dy_b,
+    dy_l,
+    dy_k,
+    dy_d,
+    x_b,
+    x_l,
+    x_k,
+    x_d,
+    dt_b,
+    dt_l,
+    dt_k,
+    dt_d,
+    B_b,
+    B_l,
+    B_k,
+    B_n,
+    C_b,
+    C_l,
+    C_k,
+    C_n,
+    dx_b,
+    dx_l,
+    dx_k,
+    dx_d,
+    d_dt_block,
+    d_dt_b,
+    d_dt_l,
+    d_dt_k,
+    d_dt_d,
+    d_BC_block,
+    d_BC_b,
+    d_BC_l,
+    d_BC_k,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """All gradients of a segment, walking back; as SUMMARY only what it hands to the one before it, from a zero end.
+
+    With g_t = dL/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}; what a tile hands back is q = exp(delta_0 A) g_0.
+    Gradients that are sums over channels are written for every channel block, those that are sums over positions for
+    every segment; the host adds them up.
+    """
+    i_b, i_k, i_s, i_g, i_block = _program(num_routes, num_sequences, num_segments, num_blocks)
+    o_t = tl.arange(0, BLOCK_T)
+    o_d = i_block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    b_in_d, b_in_n, b_in_r = o_d < dim, o_n < N, o_r < RANK
+    o_dn = o_d[:, None] * N + o_n[None, :]
+    b_in_dn = b_in_d[:, None] & b_in_n[None, :]
+    o_dr = o_d[:, None] * RANK + o_r[None, :]
+    b_in_dr = b_in_d[:, None] & b_in_r[None, :]
+    o_next = tl.minimum(o_t + 1, BLOCK_T - 1)[:, None] + tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.int32)
+
+    b_A = tl.load(A + i_k * dim * N + o_dn, mask=b_in_dn, other=0.0)
+    b_weight, b_bias = o_r[None, :] + o_d[:, None], tl.zeros([BLOCK_D], dtype=ACC)
+    if RANK > 0:
+        b_weight = tl.load(weight + i_k * dim * RANK + o_dr, mask=b_in_dr, other=0.0)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + i_k * dim + o_d, mask=b_in_d, other=0.0)
+    if HAS_D:
+        b_D = tl.load(D + i_k * dim + o_d, mask=b_in_d, other=0.0)
+    b_dA = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
+    b_dD = tl.zeros([BLOCK_D], dtype=ACC)
+    b_dbias = tl.zeros([BLOCK_D], dtype=ACC)
+    b_dweight = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+
+    dy += i_b * dy_b + i_k * dy_k
+    x += i_b * x_b + i_k * x_k
+    dt += i_b * dt_b + i_k * dt_k
+    B += i_b * B_b + i_k * B_k
+    C += i_b * C_b + i_k * C_k
+    dx += i_b * dx_b + i_k * dx_k
+    d_dt += i_block * d_dt_block + i_b * d_dt_b + i_k * d_dt_k
+    d_B += i_block * d_BC_block + i_b * d_BC_b + i_k * d_BC_k
+    d_C += i_block * d_BC_block + i_b * d_BC_b + i_k * d_BC_k
+    gather += i_k * gather_k + i_s * steps
+    merge += i_k * merge_k + i_s * steps
+    i_sequence = (i_b * num_routes + i_k) * num_sequences + i_s
+    states += i_sequence * num_tiles * dim * N
+    o_segment = (i_sequence * num_segments + i_g) * dim
+
+    b_q = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
+    b_sum = tl.zeros([BLOCK_D], dtype=ACC)
+    if SPLIT and not SUMMARY:
+        b_q = tl.load(segment_states + o_segment * N + o_dn, mask=b_in_dn, other=0.0)
+
+    first = i_g.to(tl.int32) * segment_tiles
+    end = tl.minimum(first + segment_tiles, num_tiles)
+    for i in range(first, end):
+        i_tile = first + end - 1 - i
+        o_step = i_tile * BLOCK_T + o_t
+        b_in_t = o_step < steps
+        b_pos, b_real = _positions(gather, o_step, steps)
+        b_to, b_written = _positions(merge, o_step, steps)
+        b_rows = b_real[:, None] & b_in_d[None, :]
+        b_columns = b_real[:, None] & b_in_n[None, :]
+        b_delta, b_raw, b_dt = _step_sizes(
+            dt, b_pos, b_real, dt_l, dt_d, o_d, b_in_d, o_r, b_weight, b_bias, b_in_t, RANK, SOFTPLUS, PRECISION, ACC
+        )
+        b_C = _load_rows(C, b_pos, C_l, o_n, C_n, b_columns).to(ACC)
+        b_dy = _load_rows(dy, b_to, dy_l, o_d, dy_d, b_written[:, None] & b_in_d[None, :]).to(ACC)
+        b_decay = tl.exp2(b_delta[:, :, None] * (b_A * _LOG2E)[None, :, :])
+        # The decay of the following step; 1 in the last row, whose following step is inside b_q already.
+        b_delta_next = tl.where((o_t == BLOCK_T - 1)[:, None], 0.0, tl.gather(b_delta, o_next, 0))
+        b_decay_next = tl.exp2(b_delta_next[:, :, None] * (b_A * _LOG2E)[None, :, :])
+        b_product, b_g = tl.associative_scan(
+            (b_decay_next, b_dy[:, :, None] * b_C[:, None, :]), 0, _compose, reverse=True
+        )
+        b_g += b_product * b_q[None, :, :]
+        b_q = _row(b_decay * b_g, o_t, 0)
+        if SUMMARY:
+            b_sum += tl.sum(b_delta, axis=0)
+        else:
+            b_x = _load_rows(x, b_pos, x_l, o_d, x_d, b_rows).to(ACC)
+            b_B = _load_rows(B, b_pos, B_l, o_n, B_n, b_columns).to(ACC)
+            b_h = tl.load(states + tl.cast(i_tile, tl.int64) * dim * N + o_dn, mask=b_in_dn, other=0.0)
+            b_input = (b_delta * b_x)[:, :, None] * b_B[:, None, :]
+            b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
+            b_states += b_decay * b_h[None, :, :]
+            b_d_input = tl.sum(b_g * b_B[:, None, :], axis=2)  # of delta * x
+            b_d_log_decay = b_g * (b_states - b_input)  # of delta * A
+            b_d_delta = tl.sum(b_d_log_decay * b_A[None, :, :], axis=2) + b_d_input * b_x
+            b_dA += tl.sum(b_d_log_decay * b_delta[:, :, None], axis=0)
+            b_dB = tl.sum(b_g * (b_delta * b_x)[:, :, None], axis=1)
+            b_dC = tl.sum(b_states * b_dy[:, :, None], axis=1)
+            b_dx = b_d_input * b_delta
+            if HAS_D:
+                b_dx += b_D[None, :] * b_dy
+                b_dD += tl.sum(b_dy * b_x, axis=0)
+            if SOFTPLUS:
+                b_d_delta *= 1.0 / (1.0 + tl.exp(-b_raw))
+            b_d_delta = tl.where(b_in_t[:, None] & b_in_d[None, :], b_d_delta, 0.0)
+            if HAS_BIAS:
+                b_dbias += tl.sum(b_d_delta, axis=0)
+
+            p_dx = dx + b_pos[:, None] * dx_l + o_d[None, :] * dx_d
+            tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=b_rows)
+            tl.store(d_B + b_pos[:, None] * d_BC_l + o_n[None, :], b_dB, mask=b_columns)
+            tl.store(d_C + b_pos[:, None] * d_BC_l + o_n[None, :], b_dC, mask=b_columns)
+            if RANK > 0:
+                b_d_dt = tl.dot(b_d_delta, b_weight, input_precision=PRECISION, out_dtype=ACC)
+                b_dweight += tl.dot(tl.trans(b_d_delta), b_dt, input_precision=PRECISION, out_dtype=ACC)
+                p_d_dt = d_dt + b_pos[:, None] * d_dt_l + o_r[None, :]
+                tl.store(p_d_dt, b_d_dt, mask=b_real[:, None] & b_in_r[None, :])
+            else:
+                p_d_dt = d_dt + b_pos[:, None] * d_dt_l + o_d[None, :] * d_dt_d
+                tl.store(p_d_dt, b_d_delta.to(d_dt.dtype.element_ty), mask=b_rows)
+
+    if SUMMARY:
+        tl.store(segment_states + o_segment * N + o_dn, b_q, mask=b_in_dn)
+        tl.store(segment_deltas + o_segment + o_d, b_sum, mask=b_in_d)
+    else:
+        # Sums over positions: [B, S, G, K, D, ...], added up over B, S and G by the host.
+        o_out = (((i_b * num_sequences + i_s) * num_segments + i_g) * num_routes + i_k) * dim
+        tl.store(d_A + o_out * N + o_dn, b_dA, mask=b_in_dn)
+        if HAS_D:
+            tl.store(d_D + o_out + o_d, b_dD, mask=b_in_d)
+        if HAS_BIAS:
+            tl.store(d_bias + o_out + o_d, b_dbias, mask=b_in_d)
+        if RANK > 0:
+            tl.store(d_weight + o_out * RANK + o_dr, b_dweight, mask=b_in_dr)
+
+
+class _Plan(NamedTuple):
+    """How a scan is cut into programs."""
+
+    block_d: int
+    num_blocks: int
+    num_tiles: int
+    num_segments: int
+    segment_tiles: int
+    num_warps: int
+
+
+_BLOCK_T = STATE_INTERVAL
+_FULL_GPU = 2048  # programs that keep a large GPU busy
+_MIN_SEGMENT = 4  # tiles; shorter segments cost more in the extra pass than they bring
+
+
+def _plan(x: Tensor, A: Tensor, gather: Tensor, rank: int) -> _Plan:
+    num_routes, sequences, steps = gather.shape
+    _, dim, d_state = A.shape
+    block_n = triton.next_power_of_2(d_state)
+    block_d = 4 if interpreted() else 32 if block_n == 1 else 16
+    num_warps = max(1, min(8, block_n // 2))
+    num_blocks = triton.cdiv(dim, block_d)
+    num_tiles = triton.cdiv(steps, _BLOCK_T)
+    programs = max(1, x.shape[0] * num_routes * sequences * num_blocks)
+    segment_tiles = max(_MIN_SEGMENT, triton.cdiv(num_tiles * programs, _FULL_GPU))
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    return _Plan(block_d, num_blocks, num_tiles, num_segments, segment_tiles, num_warps)
+
+
+def _contiguous(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if v is None else v.to(dtype).contiguous()
+
+
+class _Scan:
+    """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
+
+    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus):
+        acc = compute_dtype(x.dtype)
+        self.acc = acc
+        self.x, self.dt, self.B, self.C = x, dt, B, C
+        self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
+        self.gather, self.merge = (v if v.stride(2) == 1 else v.contiguous() for v in (gather, merge))
+        self.rank = 0 if weight is None else weight.shape[-1]
+        self.plan = plan = _plan(x, A, gather, self.rank)
+        self.batch, (self.num_routes, self.num_sequences, self.steps) = x.shape[0], gather.shape
+        self.dim, self.d_state = A.shape[1:]
+        self.params = (self.A, self._or_dummy(self.D), self._or_dummy(self.weight), self._or_dummy(self.bias))
+        self.tables = (self.gather, self.merge)
+        self.sizes = (self.num_routes, self.num_sequences)
+        self.constants = {
+            'N': self.d_state,
+            'RANK': self.rank,
+            'BLOCK_T': _BLOCK_T,
+            'BLOCK_D': plan.block_d,
+            'BLOCK_N': triton.next_power_of_2(self.d_state),
+            'BLOCK_R': max(16, triton.next_power_of_2(max(self.rank, 1))),
+            'HAS_D': D is not None,
+            'HAS_BIAS': bias is not None,
+            'SOFTPLUS': softplus,
+            # 'ieee' keeps float32 exact; tf32 holds every float16 and bfloat16 value that it multiplies
+            'PRECISION': 'ieee' if dt.dtype in (torch.float32, torch.float64) else 'tf32',
+            'ACC': tl.float64 if acc == torch.float64 else tl.float32,
+            'num_warps': plan.num_warps,
+        }
+
+    def _or_dummy(self, v: Tensor | None) -> Tensor:
+        return self.A if v is None else v
+
+    def strides(self, v: Tensor) -> tuple[int, int, int, int]:
+        """Strides of [B, L, D] or [B, L, K, D] over batch, position, route and channel."""
+        return (v.stride(0), v.stride(1), 0, v.stride(2)) if v.ndim == 3 else v.stride()
+
+    @property
+    def sequences(self) -> int:
+        return self.batch * self.num_routes * self.num_sequences
+
+    def segment_buffers(self) -> tuple[Tensor, Tensor]:
+        """State [.., D, N] and summed delta [.., D] of every segment."""
+        shape = (self.sequences, self.plan.num_segments, self.dim)
+        return self.x.new_empty((*shape, self.d_state), dtype=self.acc), self.x.new_empty(shape, dtype=self.acc)
+
+    def launch_sizes(self) -> tuple[int, ...]:
+        p = self.plan
+        return (*self.sizes, p.num_segments, p.segment_tiles, p.num_tiles, self.steps, self.dim, p.num_blocks)
+
+    def grid(self) -> tuple[int]:
+        return (self.sequences * self.plan.num_segments * self.plan.num_blocks,)
+
+    def carry(self, segment_states: Tensor, segment_deltas: Tensor, reverse: bool) -> None:
+        p, c = self.plan, self.constants
+        _carry_kernel[(self.sequences * p.num_blocks,)](
+            self.A,
+            segment_states,
+            segment_deltas,
+            *self.sizes,
+            p.num_segments,
+            self.dim,
+            p.num_blocks,
+            N=c['N'],
+            BLOCK_D=c['BLOCK_D'],
+            BLOCK_N=c['BLOCK_N'],
+            REVERSE=reverse,
+            ACC=c['ACC'],
+        )
+
+
+def _buffer(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, complete: bool) -> Tensor:
+    """Uninitialised, or zeros where the routes do not write everything."""
+    return x.new_empty(shape, dtype=dtype) if complete else x.new_zeros(shape, dtype=dtype)
+
+
+def _device_of(x: Tensor):
+    return torch.cuda.device_of(x)  # does nothing for CPU tensors
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    gather: Tensor,
+    merge: Tensor,
+    complete: bool,
+    softplus: bool,
+    out: Tensor,
+    last: Tensor,
+    states: Tensor,
+) -> None:
+    """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
+    parts = out
+    if out.ndim == 3 and scan.num_routes > 1:
+        parts = _buffer(x, (scan.num_routes, *out.shape), out.dtype, complete)
+        y_strides = (parts.stride(1), parts.stride(2), parts.stride(0), parts.stride(3))
+    else:
+        if not complete:
+            parts.zero_()
+        y_strides = scan.strides(parts)
+    if out.numel() == 0:
+        last.zero_()
+        return
+
+    split = scan.plan.num_segments > 1
+    segments = scan.segment_buffers() if split else (last, last)
+
+    def launch(summary: bool) -> None:
+        _forward_kernel[scan.grid()](
+            x,
+            dt,
+            B,
+            C,
+            *scan.params,
+            *scan.tables,
+            parts,
+            states,
+            last,
+            *segments,
+            *scan.launch_sizes(),
+            scan.gather.stride(0),
+            scan.merge.stride(0),
+            *scan.strides(x),
+            *dt.stride(),
+            *B.stride(),
+            *C.stride(),
+            *y_strides,
+            SAVE_STATES=states.numel() > 0 and not summary,
+            SPLIT=split,
+            SUMMARY=summary,
+            **scan.constants,
+        )
+
+    with _device_of(x):
+        if split:
+            launch(summary=True)
+            scan.carry(*segments, reverse=False)
+        launch(summary=False)
+        if parts is not out:
+            torch.sum(parts, dim=0, out=out)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    states: Tensor,
+    gather: Tensor,
+    merge: Tensor,
+    complete: bool,
+    softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
+    plan, acc, rank = scan.plan, scan.acc, scan.rank
+    batch, num_routes, dim, d_state, positions = scan.batch, scan.num_routes, scan.dim, scan.d_state, x.shape[1]
+
+    if x.ndim == 3 and num_routes > 1:
+        dx = _buffer(x, (num_routes, batch, positions, dim), x.dtype, complete)
+        dx_strides = (dx.stride(1), dx.stride(2), dx.stride(0), dx.stride(3))
+    else:
+        dx = torch.empty_like(x) if complete else torch.zeros_like(x)
+        dx_strides = scan.strides(dx)
+    # dt (low rank), B and C gradients side by side, one part for every channel block
+    parts = _buffer(x, (plan.num_blocks, batch, positions, num_routes, rank + 2 * d_state), acc, complete)
+    d_B, d_C = parts[..., rank : rank + d_state], parts[..., rank + d_state :]
+    if rank:
+        d_dt, d_dt_strides = parts, parts.stride()
+    else:
+        d_dt = torch.empty_like(dt) if complete else torch.zeros_like(dt)
+        d_dt_strides = (0, *d_dt.stride())
+    rows = batch * scan.num_sequences * plan.num_segments
+    d_A = x.new_empty((rows, num_routes, dim, d_state), dtype=acc)
+    d_D, d_bias = (None if v is None else x.new_empty((rows, num_routes, dim), dtype=acc) for v in (D, dt_bias))
+    d_weight = x.new_empty((rows, num_routes, dim, rank), dtype=acc) if rank else None
+
+    split = plan.num_segments > 1
+    segments = scan.segment_buffers() if split else (d_A, d_A)
+
+    def launch(summary: bool) -> None:
+        _backward_kernel[scan.grid()](
+            dy,
+            x,
+            dt,
+            B,
+            C,
+            *scan.params,
+            *scan.tables,
+            states,
+            *segments,
+            dx,
+            d_dt,
+            d_B,
+            d_C,
+            d_A,
+            *(d_A if v is None else v for v in (d_D, d_weight, d_bias)),
+            *scan.launch_sizes(),
+            scan.gather.stride(0),
+            scan.merge.stride(0),
+            *scan.strides(dy),
+            *scan.strides(x),
+            *dt.stride(),
+            *B.stride(),
+            *C.stride(),
+            *dx_strides,
+            *d_dt_strides,
+            *parts.stride()[:4],
+            SPLIT=split,
+            SUMMARY=summary,
+            **scan.constants,
+        )
+
+    if x.numel():
+        with _device_of(x):
+            if split:
+                launch(summary=True)
+                scan.carry(*segments, reverse=True)
+            launch(summary=False)
+    if dx.ndim == 4 and x.ndim == 3:
+        dx = dx.sum(0, dtype=acc)
+    total = parts.sum(0) if plan.num_blocks > 1 else parts[0]
+    if rank:
+        d_dt = total[..., :rank]
+    sums = (None if v is None else v.sum(0) for v in (d_A, d_D, d_weight, d_bias))
+    return dx, d_dt, total[..., rank : rank + d_state], total[..., rank + d_state :], *sums

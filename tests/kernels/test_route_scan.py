@@ -1,0 +1,313 @@
+"""The fused 2D scan: every backend against the reference, and how it behaves inside torch."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmzoo_kernels import Routes, chunked, get_routes, route_scan, routes_from_table
+from vmzoo_kernels.ops import scan_flops
+from vmzoo_kernels.reference import route_scan_reference
+
+GPU = torch.cuda.is_available()
+TRITON = pytest.param(
+    'triton', marks=pytest.mark.skipif(available_backends('cpu')['triton'] is not None, reason='no Triton')
+)
+NAMES = ('x', 'x_dbl', 'A', 'D', 'dt_weight', 'dt_bias')
+
+
+def atrous(height: int, width: int) -> Routes:
+    """Each of four routes visits a quarter of the positions, padded to one length."""
+    pos = torch.arange(height * width).view(height, width)
+    steps = -(-height // 2) * -(-width // 2)
+    table = torch.full((4, 1, steps), -1)
+    for k, (i, j) in enumerate(itertools.product((0, 1), (0, 1))):
+        quarter = pos[i::2, j::2].reshape(-1)
+        table[k, 0, : len(quarter)] = quarter
+    return routes_from_table(table, height * width)
+
+
+def windows(height: int, width: int) -> Routes:
+    """One route of several sequences, with padding in front, inside and at the end."""
+    table = torch.full((1, height, width + 3), -1)
+    table[0, :, 1:3] = torch.arange(height * width).view(height, width)[:, :2]
+    table[0, :, 4 : width + 2] = torch.arange(height * width).view(height, width)[:, 2:]
+    return routes_from_table(table, height * width)
+
+
+CUSTOM = {'atrous': atrous, 'windows': windows}
+
+
+def make(size, dim, d_state, rank, routes, per_route=False, batch=2, dtype=torch.float64, device='cpu'):
+    """Inputs of route_scan with realistic ranges, and the routes."""
+    routes = CUSTOM[routes](*size) if routes in CUSTOM else get_routes(routes, *size)
+    k, length = routes.num_routes, size[0] * size[1]
+    inputs = {
+        'x': torch.randn(batch, length, k, dim) if per_route else torch.randn(batch, length, dim),
+        'x_dbl': torch.randn(batch, length, k, rank + 2 * d_state),
+        'A': -torch.exp(0.5 * torch.randn(k, dim, d_state)),
+        'D': torch.randn(k, dim),
+        'dt_weight': torch.randn(k, dim, rank) * rank**-0.5,
+        'dt_bias': torch.randn(k, dim) - 2,
+    }
+    inputs = {name: v.to(device, dtype) for name, v in inputs.items()}
+    return inputs, routes._replace(gather=routes.gather.to(device), merge=routes.merge.to(device))
+
+
+def value_and_grads(function, inputs, routes, weight=None, **kwargs):
+    inputs = {name: v.detach().requires_grad_() for name, v in inputs.items()}
+    y = function(**inputs, routes=routes, **kwargs)
+    weight = torch.randn_like(y) if weight is None else weight.to(y)
+    grads = torch.autograd.grad((y * weight).sum(), inputs.values())
+    return {'y': y.detach(), **{f'd{name}': g for name, g in zip(inputs, grads)}}, weight
+
+
+def error(got, want):
+    got, want = got.double(), want.double().to(got.device)
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+SIZES = [(1, 1), (1, 8), (7, 1), (2, 31), (7, 7), (8, 33), (31, 7), (33, 31), (56, 8), (97, 2)]
+ROUTES = ['cross', 'rotate', 'cascade_rows', 'cascade_cols', 'atrous', 'windows', 'forward_backward']
+
+
+@pytest.mark.parametrize('size', [s for s in SIZES if s[0] * s[1] < 500], ids=str)
+@pytest.mark.parametrize('dim, d_state, rank', [(8, 1, 3), (5, 4, 1), (3, 16, 2)])
+def test_torch_backend_is_the_reference(size, dim, d_state, rank):
+    inputs, routes = make(size, dim, d_state, rank, 'cross')
+    want, weight = value_and_grads(route_scan_reference, inputs, routes)
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, backend='torch')
+    assert all(error(got[key], want[key]) < 1e-12 for key in want)
+
+
+@pytest.mark.parametrize('routes', ROUTES)
+@pytest.mark.parametrize('merge, per_route', [(True, False), (False, False), (True, True), (False, True)])
+def test_every_kind_of_route(routes, merge, per_route):
+    inputs, routes = make((5, 7), 5, 2, 3, routes, per_route)
+    want, weight = value_and_grads(route_scan_reference, inputs, routes, merge=merge)
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, merge=merge, backend='torch')
+    assert all(error(got[key], want[key]) < 1e-12 for key in want)
+
+
+@pytest.mark.parametrize('routes', ROUTES)
+@pytest.mark.parametrize('merge', [True, False])
+def test_every_kind_of_route_in_the_kernels(routes, merge, device):
+    """float64 in the interpreter, float32 compiled."""
+    dtype, tolerance = (torch.float32, 1e-5) if GPU else (torch.float64, 1e-12)
+    per_route = not merge
+    inputs, routes = make((3, 5), 3, 2, 2, routes, per_route, batch=1, dtype=dtype, device=device)
+    want, weight = value_and_grads(route_scan, inputs, routes, merge=merge, backend='torch')
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, merge=merge, backend='triton')
+    assert all(error(got[key], want[key]) < tolerance for key in want)
+
+
+@pytest.mark.skipif(GPU, reason='the interpreter is for machines without a GPU')
+@pytest.mark.parametrize(
+    'size, dim, d_state, rank', [((1, 1), 3, 1, 1), ((8, 8), 9, 1, 3), ((7, 5), 4, 4, 2), ((33, 31), 2, 1, 1)], ids=str
+)
+def test_triton_interpreted_is_the_reference(size, dim, d_state, rank):
+    inputs, routes = make(size, dim, d_state, rank, 'forward_backward', batch=1)
+    want, weight = value_and_grads(route_scan, inputs, routes, backend='torch')
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, backend='triton')
+    assert all(error(got[key], want[key]) < 1e-12 for key in want)
+
+
+GPU_GRID = [
+    (size, dim, d_state)
+    for size, (dim, d_state) in itertools.product(SIZES + [(56, 56)], [(96, 1), (20, 4), (36, 8), (40, 16), (24, 64)])
+]
+CPU_GRID = [((1, 1), 6, 1), ((5, 8), 12, 1), ((3, 7), 5, 4), ((2, 3), 3, 16)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize('size, dim, d_state', GPU_GRID if GPU else CPU_GRID, ids=str)
+def test_error_within_twice_that_of_plain_torch(size, dim, d_state, dtype, device):
+    """Against float64: outputs at most 2x, gradients at most 3x the error of the torch backend in the same dtype."""
+    inputs, routes = make(size, dim, d_state, max(1, dim // 16), 'cross', device=device)
+    low = {name: v if name in ('A', 'D', 'dt_bias') else v.to(dtype).double() for name, v in inputs.items()}
+    exact, weight = value_and_grads(route_scan, low, routes, backend='torch')
+
+    def cast(v, name):
+        return v.to(torch.float32 if name in ('A', 'D', 'dt_bias') else dtype)
+
+    low = {name: cast(v, name) for name, v in low.items()}
+
+    eager, _ = value_and_grads(route_scan, low, routes, weight, backend='torch')
+    fused, _ = value_and_grads(route_scan, low, routes, weight, backend='triton')
+    floor = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}[dtype]
+    for key, want in exact.items():
+        allowed = (2 if key == 'y' else 3) * max(error(eager[key], want), floor)
+        assert error(fused[key], want) <= allowed, key
+        assert fused[key].dtype == eager[key].dtype
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_strided_and_channels_last_inputs(backend, device):
+    inputs, routes = make((5, 6), 6, 2, 2, 'cross', dtype=torch.float32, device=device)
+    want, weight = value_and_grads(route_scan, inputs, routes, backend=backend)
+    strided = {name: v.transpose(0, -1).contiguous().transpose(0, -1) for name, v in inputs.items()}
+    assert not strided['x'].is_contiguous()
+    got, _ = value_and_grads(route_scan, strided, routes, weight.transpose(1, 2).contiguous().mT, backend=backend)
+    assert all(error(got[key], want[key]) < 1e-5 for key in want)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_repeats_bit_for_bit(backend, device):
+    inputs, routes = make((9, 6), 6, 1, 2, 'cross', dtype=torch.float32, device=device)
+    first, weight = value_and_grads(route_scan, inputs, routes, backend=backend)
+    for _ in range(3):
+        again, _ = value_and_grads(route_scan, inputs, routes, weight, backend=backend)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_non_finite_values_reach_what_follows_them_and_nothing_else(backend, bad, device):
+    inputs, routes = make((4, 5), 4, 2, 2, 'forward_backward', dtype=torch.float32, device=device)
+    inputs['x'][0, 7, 1] = bad
+    y = route_scan(**inputs, routes=routes, backend=backend, merge=False)
+    after = torch.arange(20, device=device) >= 7
+    nonfinite = ~torch.isfinite(y)
+    assert torch.equal(nonfinite[0, :, 0, 1], after)
+    assert torch.equal(nonfinite[0, :, 1, 1], torch.arange(20, device=device) <= 7)
+    nonfinite[0, :, :, 1] = False
+    assert not nonfinite.any()
+
+
+def test_gradcheck():
+    inputs, routes = make((3, 4), 3, 2, 2, 'cross', batch=1)
+
+    def function(*args):
+        return route_scan(*args, routes, backend='torch')
+
+    assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in inputs.values()])
+
+
+@pytest.mark.skipif(GPU, reason='float64 is the torch backend on a GPU')
+def test_gradcheck_of_the_interpreted_kernels():
+    inputs, routes = make((2, 2), 2, 1, 1, 'forward_backward', batch=1)
+
+    def function(*args):
+        return route_scan(*args, routes, backend='triton')
+
+    assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in inputs.values()], fast_mode=True)
+
+
+def scan_arguments(inputs, routes, backend):
+    rank, n = inputs['dt_weight'].shape[-1], inputs['A'].shape[-1]
+    dt, b, c = inputs['x_dbl'].split([rank, n, n], dim=-1)
+    parameters = (inputs['A'], inputs['D'], inputs['dt_weight'], inputs['dt_bias'])
+    options = (routes.gather, routes.merge, routes.complete, True, True, torch.float32, True, backend)
+    return (inputs['x'], dt, b, c, *parameters, *options)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_operator_registration(backend, device):
+    inputs, routes = make((2, 3), 4, 2, 2, 'cross', batch=1, dtype=torch.float32, device=device)
+    inputs = {name: v.requires_grad_() for name, v in inputs.items()}
+    torch.library.opcheck(torch.ops.vmzoo.scan.default, scan_arguments(inputs, routes, backend))
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiles_without_graph_breaks(dynamic, device):
+    def function(x, x_dbl, A, D, dt_weight, dt_bias, height, width):
+        routes = get_routes('cross', height, width, device=x.device)
+        return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes).square()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend='inductor' if GPU else 'aot_eager')
+    sizes = [(4, 6), (5, 7), (8, 4)] if dynamic else [(4, 6)]
+    for size in sizes:
+        inputs, _ = make(size, 8, 1, 2, 'cross', dtype=torch.float32, device=device)
+        grads = []
+        for call in (function, compiled):
+            leaves = [v.clone().requires_grad_() for v in inputs.values()]
+            y = call(*leaves, *size)
+            grads.append([y, *torch.autograd.grad(y.sum(), leaves)])
+        for got, want in zip(*reversed(grads)):
+            assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype, device):
+    inputs, routes = make((4, 5), 8, 1, 2, 'cross', dtype=torch.float32, device=device)
+    with torch.autocast(device.type, dtype=dtype):
+        got, weight = value_and_grads(route_scan, inputs, routes)
+    assert got['y'].dtype == dtype
+    assert all(got[f'd{name}'].dtype == torch.float32 for name in NAMES)
+    with torch.autocast(device.type, dtype=dtype):
+        assert route_scan(**inputs, routes=routes, out_dtype=torch.float32).dtype == torch.float32
+    want, _ = value_and_grads(route_scan, inputs, routes, weight)
+    assert all(error(got[key], want[key]) < 0.03 for key in want)
+
+
+def test_float16_sums_can_be_asked_for_in_float32(device):
+    inputs, routes = make((3, 3), 4, 1, 1, 'cross', dtype=torch.float32, device=device)
+    inputs['x'] = torch.full_like(inputs['x'], 6e4)
+    half = {name: v.half() if name in ('x', 'x_dbl', 'dt_weight') else v for name, v in inputs.items()}
+    assert torch.isfinite(route_scan(**half, routes=routes, out_dtype=torch.float32)).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_empty_batch(backend, device):
+    inputs, routes = make((3, 3), 4, 2, 1, 'cross', batch=0, dtype=torch.float32, device=device)
+    got, _ = value_and_grads(route_scan, inputs, routes, backend=backend)
+    assert got['y'].shape == (0, 9, 4) and (got['dA'] == 0).all() and (got['ddt_weight'] == 0).all()
+
+
+def test_meta_tensors():
+    inputs, routes = make((4, 5), 8, 2, 2, 'cross', device='meta')
+    assert route_scan(**inputs, routes=routes).shape == (2, 20, 8)
+
+
+def test_flops_are_counted():
+    inputs, routes = make((4, 5), 8, 2, 3, 'cross', dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        route_scan(**inputs, routes=routes)
+    lanes = 2 * 4 * 20 * 8  # B·K·L·D
+    assert counter.get_total_flops() == lanes * (9 * 2 + 1 + 2 * 3) == scan_flops(2, 20, 4, 8, 2, 3, True, True)
+
+
+class _Largest(TorchDispatchMode):
+    """The most values that any one tensor held."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(v.numel() for v in tree_leaves(out) if isinstance(v, torch.Tensor))])
+        return out
+
+
+def test_no_tensor_holds_every_state():
+    """The torch backend keeps one state channel at a time: nothing has B·K·L·D·N values."""
+    inputs, routes = make((6, 6), 8, 64, 2, 'cross', dtype=torch.float32)
+    *tensors, gather, merge, complete, softplus, _, _, _, _ = scan_arguments(inputs, routes, 'torch')
+    common = (*tensors, gather, merge, complete, softplus)
+    y, last = torch.zeros(2, 36, 8), torch.zeros(2, 4, 1, 8, 64)
+    with _Largest() as largest:
+        chunked.forward(*common, y, last)
+        chunked.backward(y, *common)
+    assert largest.numel < 2 * 4 * 36 * 8 * 64
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'x': torch.randn(2, 19, 8)}, '4 routes over 20 positions do not fit'),
+        ({'x': torch.randn(2, 20, 7)}, 'x should be'),
+        ({'x_dbl': torch.randn(2, 20, 4, 9)}, 'x_dbl should be'),
+        ({'A': torch.randn(4, 7, 2)}, 'A should be'),
+        ({'D': torch.randn(32)}, 'D should be'),
+        ({'dt_weight': torch.randn(4, 8)}, 'dt_weight should be'),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    inputs, routes = make((4, 5), 8, 2, 2, 'cross', dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        route_scan(**{**inputs, **change}, routes=routes)

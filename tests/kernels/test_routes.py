@@ -1,0 +1,116 @@
+"""Routes: published index tables, and what must hold for every map size."""
+
+import pytest
+import torch
+from golden import golden
+
+from vmzoo_kernels import gather_routes, get_routes, merge_routes, route_names, routes_from_table
+
+MODES = {'cross2d': 'cross', 'unidi': 'unidi', 'bidi': 'bidi', 'rot': 'rotate'}
+FIXTURES = sorted(f'ops/{path.stem}' for path in (golden.DIR / 'ops').glob('cross_scan*.npz'))
+
+
+@pytest.mark.parametrize('name', FIXTURES)
+def test_matches_published_scan_and_merge(name):
+    meta, want = golden.load(name)
+    inputs = {k: torch.from_numpy(golden.make_input(**v)).double() for k, v in meta['inputs'].items()}
+    x, ys, x4 = inputs['x'], inputs['ys'], inputs['x4']
+    routes = get_routes(MODES[meta['config']['mode']], *x.shape[-2:])
+    assert (routes.gather.flatten().numpy() == want['index']).all()
+
+    def lanes(v):  # [B, 4, C, H, W] -> [B, K, 1, L, C]
+        return v.flatten(3).transpose(2, 3).unsqueeze(2).requires_grad_()
+
+    def published(v):  # [B, K, 1, L, C] -> [B, K, C, L]
+        return v[:, :, 0].transpose(2, 3)
+
+    x = x.flatten(2).mT.requires_grad_()  # [B, L, C]
+    scan = published(gather_routes(x, routes))
+    (scan * inputs['dscan']).sum().backward()
+    ys = lanes(ys)
+    merged = merge_routes(ys, routes).mT
+    (merged * inputs['dmerge']).sum().backward()
+    got = {
+        'scan': scan,
+        'scan_dx': x.grad.mT,
+        'merge': merged,
+        'merge_dy': published(ys.grad),
+        'scan_1b1': published(gather_routes(x4.flatten(3).permute(0, 3, 1, 2), routes)),
+        'merge_1b1': merge_routes(ys, routes, reduce=False).permute(0, 2, 3, 1),
+    }
+    for key, value in got.items():
+        assert golden.error(value.numpy(force=True), want[key]) < 1e-6, key
+
+
+@pytest.mark.parametrize('name', route_names())
+@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (8, 31), (33, 56)], ids=str)
+def test_every_route_visits_every_position_once(name, size):
+    routes = get_routes(name, *size)
+    length = size[0] * size[1]
+    for table in (routes.gather, routes.merge):
+        assert table.dtype == torch.int32
+        assert (table.flatten(1).sort().values == torch.arange(length)).all()
+    assert routes.complete and routes.num_positions == length
+
+
+@pytest.mark.parametrize('name', [n for n in route_names() if not n.startswith('cascade')])
+def test_merge_undoes_gather(name):
+    routes = get_routes(name, 5, 7)
+    x = torch.randn(2, 35, 3)
+    each = merge_routes(gather_routes(x, routes), routes, reduce=False)
+    assert torch.equal(each, x.unsqueeze(2).expand_as(each))
+    torch.testing.assert_close(merge_routes(gather_routes(x, routes), routes), routes.num_routes * x)
+
+
+def test_cascade_leaves_the_second_direction_flipped():
+    routes = get_routes('cascade_rows', 2, 3)
+    assert routes.gather.tolist() == [[[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]]]
+    assert torch.equal(routes.merge[0], routes.merge[1])
+    assert get_routes('cascade_cols', 2, 3).gather[1].tolist() == [[3, 0], [4, 1], [5, 2]]
+
+
+def test_tables_are_shared_and_safe_to_train_with():
+    with torch.inference_mode():
+        routes = get_routes('cross', 3, 11)
+    assert routes.gather is get_routes('cross', 3, 11).gather
+    assert not routes.gather.is_inference()
+
+
+def test_meta_device():
+    assert get_routes('cross', 4, 5, device='meta').gather.device.type == 'meta'
+
+
+def test_custom_table_with_padding():
+    table = torch.full((2, 1, 6), -1)
+    table[0, 0, :3] = torch.tensor([4, 0, 2])
+    table[1, 0, 1:6] = torch.arange(5)
+    routes = routes_from_table(table, 5)
+    assert not routes.complete
+    x = torch.randn(1, 5, 2)
+    routed = gather_routes(x, routes)
+    assert torch.equal(routed[0, 0, 0, :3], x[0, [4, 0, 2]])
+    assert (routed[0, 0, 0, 3:] == 0).all() and (routed[0, 1, 0, 0] == 0).all()
+    merged = merge_routes(routed, routes, reduce=False)
+    assert (merged[0, 1, 0] == 0).all() and torch.equal(merged[0, :, 1], x[0])
+
+
+@pytest.mark.parametrize(
+    'table, message',
+    [
+        (torch.tensor([[0, 1, 1]]), 'writes position 1 2 times'),
+        (torch.tensor([[0, 1, 3]]), 'allowed are 0 to 2'),
+        (torch.tensor([[-2, 1, 2]]), 'positions from -2'),
+        (torch.tensor([[0.0, 1.0, 2.0]]), 'integers'),
+        (torch.tensor([0, 1, 2]), r'\[K, S, T\]'),
+    ],
+)
+def test_bad_tables_are_refused(table, message):
+    with pytest.raises(ValueError, match=message):
+        routes_from_table(table, 3)
+
+
+def test_unknown_name_and_empty_map():
+    with pytest.raises(ValueError, match='cross'):
+        get_routes('zigzag', 2, 2)
+    with pytest.raises(ValueError, match='0x4'):
+        get_routes('cross', 0, 4)

@@ -1,0 +1,112 @@
+"""The 1-D selective scan: published values and gradients, and the forms that mamba-ssm's function accepts."""
+
+import numpy as np
+import pytest
+import torch
+from golden import golden
+
+from vmzoo_kernels import selective_scan
+from vmzoo_kernels.reference import selective_scan_reference
+
+TRANSFORMS = {
+    'x': lambda x: x,
+    '0.5*x': lambda x: 0.5 * x,
+    '10*x': lambda x: 10 * x,
+    'x-4': lambda x: x - 4,
+    '0.1*abs(x)': lambda x: 0.1 * np.abs(x),
+    '-exp(x)': lambda x: -np.exp(x),
+    '-4*exp(x)': lambda x: -4 * np.exp(x),
+}
+FIXTURES = sorted(f'ops/{path.stem}' for path in (golden.DIR / 'ops').glob('selective_scan*.npz'))
+INTERPRETED = [
+    name for name in FIXTURES if not name.endswith(('L1025', 'L2049_slow', 'L3136', 'g4_n16_L196', 'L197_z'))
+]
+
+
+def check_fixture(name, backend, device, dtype, tolerance):
+    meta, want = golden.load(name)
+    inputs = {
+        key: torch.from_numpy(TRANSFORMS[v['transform']](golden.make_input(v['shape'], v['seed']).astype(np.float64)))
+        for key, v in meta['inputs'].items()
+    }
+    inputs = {key: v.to(device, dtype).requires_grad_() for key, v in inputs.items()}
+    dout = inputs.pop('dout')
+    softplus = meta['config']['delta_softplus']
+    y, last = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)
+    (y * dout).sum().backward()
+    got = {'y': y, 'last_state': last, **{f'd{key}': v.grad for key, v in inputs.items()}}
+    assert got.keys() == want.keys()
+    for key, value in got.items():
+        if np.linalg.norm(want[key]) > 0:
+            assert golden.error(value.numpy(force=True), want[key]) < tolerance, key
+        else:
+            assert value.abs().max() < tolerance, key
+
+
+@pytest.mark.parametrize('name', FIXTURES)
+def test_published_values_and_gradients(name):
+    check_fixture(name, 'torch', 'cpu', torch.float64, 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the interpreter is for machines without a GPU')
+@pytest.mark.parametrize('name', INTERPRETED)
+def test_published_values_in_the_interpreter(name):
+    check_fixture(name, 'triton', 'cpu', torch.float64, 1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', FIXTURES)
+def test_published_values_on_the_gpu(name):
+    check_fixture(name, 'triton', 'cuda', torch.float32, 1e-4)
+
+
+def make(batch=2, dim=6, length=13, d_state=3, groups=2, dtype=torch.float64):
+    return {
+        'u': torch.randn(batch, dim, length, dtype=dtype),
+        'delta': torch.randn(batch, dim, length, dtype=dtype),
+        'A': -torch.rand(dim, d_state, dtype=dtype),
+        'B': torch.randn(batch, groups, d_state, length, dtype=dtype),
+        'C': torch.randn(batch, groups, d_state, length, dtype=dtype),
+        'delta_softplus': True,
+    }
+
+
+def test_b_and_c_in_every_form():
+    inputs = make(groups=1)
+    want = selective_scan(**inputs)
+    three = {**inputs, 'B': inputs['B'][:, 0], 'C': inputs['C'][:, 0]}
+    torch.testing.assert_close(selective_scan(**three), want)
+    grouped = {**inputs, 'B': inputs['B'].expand(-1, 3, -1, -1)}  # C has one group, B three equal ones
+    torch.testing.assert_close(selective_scan(**grouped), want)
+    constant = torch.randn(6, 3, dtype=torch.float64)
+    got = selective_scan(**{**inputs, 'B': constant})
+    each = constant[None, :, :, None].expand(2, 6, 3, 13)
+    want, _ = selective_scan_reference(**{**inputs, 'B': each, 'C': inputs['C'].expand(-1, 6, -1, -1)})
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_keeps_a_float32_state(dtype):
+    inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and k != 'A' else v for k, v in make().items()}
+    y, last = selective_scan(**inputs, return_last_state=True)
+    assert y.dtype == dtype and last.dtype == torch.float32
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    want = selective_scan(**exact)
+    assert (y - want).norm() <= {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] * want.norm()
+
+
+@pytest.mark.parametrize(
+    'change, error, message',
+    [
+        ({'delta': torch.randn(2, 6, 12)}, ValueError, 'delta should be'),
+        ({'B': torch.randn(2, 4, 3, 13)}, ValueError, 'G dividing D'),
+        ({'A': torch.randn(6)}, ValueError, r'A \[D, N\]'),
+        ({'D': torch.randn(5)}, ValueError, 'D should be'),
+        ({'z': torch.randn(2, 6, 1)}, ValueError, 'z should be'),
+        ({'B': torch.randn(2, 2, 3, 13, dtype=torch.complex64)}, TypeError, 'complex'),
+        ({'A': torch.ones(6, 3, dtype=torch.int64)}, TypeError, 'floating point'),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        selective_scan(**{**make(), **change})
