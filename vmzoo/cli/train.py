@@ -78,7 +78,7 @@ def load_config(args: argparse.Namespace):
         cfg.randomness.seed = args.seed
     if args.amp:
         cfg.optim_wrapper.update(type='AutocastOptimWrapper', dtype=args.amp)
-    if args.ema:
+    if args.ema and not any(hook.type == 'EMAHook' for hook in cfg.custom_hooks):
         # The average follows the weights closely at first, then over about 500 steps.
         cfg.custom_hooks.append(dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.002, gamma=10))
     cfg.launcher = args.launcher

@@ -45,16 +45,23 @@ class ImagePreprocessor(BaseDataPreprocessor):
         """Turn a collated batch into the classifier's arguments.
 
         Args:
-            data: `inputs` uint8 [B, C, H, W], `targets` int64 [B], `paths` and `broken` lists of file names.
+            data: A batch of `collate_readable`.
             training: Whether to erase and mix.
 
         Returns:
             `inputs` float32 [B, C, H, W], `targets` int64 [B] or, after mixup, float32 [B, num_classes], and `paths`.
+
+        Raises:
+            ValueError: The batch holds a file that could not be read, and must not be skipped.
         """
-        for path in data.pop('broken', ()):
+        if data.get('errors'):
+            raise ValueError(data['errors'][0])
+        for path in data.get('broken', ()):
             if path not in self._named:
                 self._named.add(path)
                 print_log(f'skipped a file that is not a readable image: {path}', 'current', logging.WARNING)
+        if 'inputs' not in data:
+            raise ValueError('a whole batch of files is unreadable; the last of them is ' + path)
         data = self.cast_data(data)
         inputs, targets = data['inputs'], data['targets']
         inputs = (inputs.float() - self.mean) / self.std

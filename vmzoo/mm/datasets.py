@@ -13,24 +13,9 @@ from timm.data import create_transform
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
-IMAGE_SUFFIXES = {'.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+from vmzoo.images import IMAGE_SUFFIXES, read_image
+
 SPLIT_FOLDERS = {'train': ('train',), 'val': ('val', 'validation'), 'test': ('test', 'val', 'validation')}
-
-
-def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:
-    """Decode an image file completely.
-
-    Raises:
-        ValueError: The file is missing, truncated or no image; the message names it.
-    """
-    modes = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-    if in_chans not in modes:
-        raise ValueError(f'image files have 1, 3 or 4 channels, but the model takes in_chans={in_chans}')
-    try:
-        with Image.open(path) as image:
-            return image.convert(modes[in_chans])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'cannot read the image {path}: {error}') from error
 
 
 def natural_key(name: str) -> tuple:
@@ -56,12 +41,18 @@ def class_folders(root: str | Path) -> list[str]:
 
 @FUNCTIONS.register_module()
 def collate_readable(samples: Sequence[dict]) -> dict:
-    """Stack samples into a batch; files that were skipped are listed under `broken`."""
+    """Stack samples into a batch; `ImagePreprocessor` reports the files that could not be read.
+
+    Returns:
+        `inputs` uint8 [B, C, H, W], `targets` int64 [B], `paths`, and for unreadable files `broken` (names of those to
+        skip) and `errors` (messages of those to stop at). Without a readable file there are no `inputs`.
+    """
     readable = [sample for sample in samples if 'inputs' in sample]
-    broken = [sample['paths'] for sample in samples if 'inputs' not in sample]
-    if not readable:
-        raise ValueError(f'no readable image in a whole batch; the files are {", ".join(broken)}')
-    return {**default_collate(readable), 'broken': broken}
+    return {
+        **(default_collate(readable) if readable else {}),
+        'broken': [sample['broken'] for sample in samples if 'broken' in sample],
+        'errors': [sample['error'] for sample in samples if 'error' in sample],
+    }
 
 
 @FUNCTIONS.register_module()
@@ -127,7 +118,7 @@ class ImageFolderDataset(Dataset):
                     samples.append((str(path), self.classes.index(folder.name)))
                 else:
                     raise ValueError(
-                        f'{path} is not an image (known are {", ".join(sorted(IMAGE_SUFFIXES))}); '
+                        f'{path} is not an image (known are {", ".join(IMAGE_SUFFIXES)}); '
                         'remove it, or train with --skip-broken'
                     )
         if not samples:
@@ -146,9 +137,10 @@ class ImageFolderDataset(Dataset):
         try:
             image = read_image(path, self.in_chans)
         except ValueError as error:
+            # Handed on as data: an exception in a loader's worker would arrive wrapped in that worker's traceback.
             if self.skip_broken:
-                return dict(paths=path)
-            raise ValueError(f'{error}; remove the file, or train with --skip-broken') from error
+                return dict(broken=path)
+            return dict(error=f'{error}; remove the file, or train with --skip-broken')
         return dict(inputs=self.transform(image), targets=target, paths=path)
 
 

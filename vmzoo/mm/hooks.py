@@ -152,9 +152,9 @@ class BestAndLastHook(Hook):
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         best = runner.message_hub.runtime_info.get('best_score')
-        if is_main_process() and (best is None or metrics[self.metric] > best):
+        if is_main_process() and (best is None or metrics[self.metric] >= best):
             self._save_best(runner, metrics)
-        if best is None or metrics[self.metric] > best:
+        if best is None or metrics[self.metric] >= best:
             runner.message_hub.update_info('best_score', float(metrics[self.metric]))
             runner.message_hub.update_info('best_epoch', runner.epoch)
 

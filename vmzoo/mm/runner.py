@@ -12,6 +12,8 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from vmzoo.weights import load_checkpoint
+
 
 def check_keys(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, source: str) -> None:
     """Refuse a state dict that is not exactly the model's.
@@ -100,13 +102,8 @@ def evaluate(cfg: Config, checkpoint: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file belongs to another model.
+        CheckpointError, ValueError: The file is damaged, or belongs to another model.
     """
-    import vmzoo
-    from vmzoo.weights import read_checkpoint
-
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f'there is no checkpoint {checkpoint}')
     cfg = copy.deepcopy(cfg)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg'):
         cfg[key] = None
@@ -115,5 +112,7 @@ def evaluate(cfg: Config, checkpoint: str | os.PathLike) -> dict:
     cfg.experiment_name = f'test_{Path(checkpoint).stem}'
     runner = VMZooRunner.from_cfg(cfg)
     backbone = (runner.model.module if runner.distributed else runner.model).backbone
-    backbone.load_state_dict(vmzoo.convert_state_dict(read_checkpoint(checkpoint), backbone))
+    report = load_checkpoint(backbone, checkpoint)
+    if report.head or report.stem:
+        raise ValueError(f'{checkpoint} belongs to another model: {report.head or report.stem}')
     return runner.test()
