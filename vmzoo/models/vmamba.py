@@ -439,8 +439,8 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
 
 @register_model
 def vmamba_nano(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-Nano, 0.9 M parameters: for tests, demonstrations and images of 32 to 64 pixels. Ours; no weights."""
-    model_args = {'depths': (1, 1, 2, 1), 'embed_dim': 24}
+    """VMamba-Nano, 0.8 M parameters: for tests, demonstrations and images of 32 to 64 pixels. Ours; no weights."""
+    model_args = {'depths': (1, 1, 2, 1), 'embed_dim': (24, 48, 96, 144)}
     return _create_vmamba('vmamba_nano', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
