@@ -21,9 +21,9 @@ TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models
 
 NOTES = {
     'vmamba': """
-Three generations share the architecture. `vmamba_*_s<ratio>l<depth>` are the current ones (SS2D without a gate, MLP after
-it, d_state 1); `vmamba_v0_*` are the first release, the form that many early downstream projects copied (gated, d_state
-16, no MLP); `vmamba_*_m2` use a Mamba-2 mixer and were never trained by the authors. Their VMamba-T is
+Three generations share the architecture. `vmamba_*_s<ratio>l<depth>` are the current ones (SS2D without a gate, MLP
+after it, d_state 1); `vmamba_v0_*` are the first release, the form that many early downstream projects copied (gated,
+d_state 16, no MLP); `vmamba_*_m2` use a Mamba-2 mixer and were never trained by the authors. Their VMamba-T is
 `vmamba_tiny_s1l8`, VMamba-S and -B are `vmamba_small_s2l15` and `vmamba_base_s2l15`. `vmamba_nano` is ours, for tests
 and small images; it has no weights.""",
     'vim': """
