@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 import vmzoo  # noqa: F401 (registers the models)
@@ -147,3 +148,25 @@ def test_learns():
         loss.backward()
         optimizer.step()
     assert loss < 0.3
+
+
+def test_one_exported_program_takes_any_size():
+    model = nano(num_classes=10).eval()
+    side = {2: torch.export.Dim('height', min=33, max=512), 3: torch.export.Dim('width', min=33, max=512)}
+    shapes = {'x': {0: torch.export.Dim('batch', max=64), **side}}
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=shapes)
+    x = torch.randn(3, 3, 40, 57)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_new_size_does_not_recompile():
+    model = nano(num_classes=10).eval()
+    graphs = torch._dynamo.testing.CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    with torch.no_grad():
+        for height, width in ((64, 96), (53, 38), (40, 72)):
+            x = torch.randn(2, 3, height, width)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert graphs.frame_count == 1
