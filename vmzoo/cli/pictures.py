@@ -23,6 +23,7 @@ TILES = 16
 def _figure(width: float, height: float) -> Figure:
     # Not through pyplot, which would keep global state and might ask for a display.
     figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     FigureCanvasAgg(figure)
     return figure
 
@@ -64,19 +65,10 @@ def draw_predictions(predictions: Sequence['Prediction'], classes: Sequence[str]
         bars.barh(places, [1] * len(prediction.best), color='#f1f3f7', height=0.72)
         bars.barh(places, prediction.probabilities, color=[colour, *[PALE] * 4][: len(places)], height=0.72)
         for place, (index, probability) in enumerate(zip(prediction.best, prediction.probabilities)):
-            inside = dict(x=0.03, va='center', fontsize=7)
-            strong = probability > 0.35 and place == 0
-            bars.text(y=place, s=_short(classes[index], 16), color='white' if strong else '#222222', **inside)
-            bars.text(
-                0.98,
-                place,
-                f'{100 * probability:.1f} %',
-                ha='right',
-                va='center',
-                fontsize=6.5,
-                color='white' if probability > 0.9 else '#444444',
-            )
-        bars.set(xlim=(0, 1), xticks=[], yticks=[])
+            inside = 'white' if place == 0 and probability > 0.35 else '#222222'
+            bars.text(0.03, place, _short(classes[index], 16), va='center', fontsize=7, color=inside)
+            bars.text(1.3, place, f'{100 * probability:.1f} %', ha='right', va='center', fontsize=7, color='#444444')
+        bars.set(xlim=(0, 1.36), xticks=[], yticks=[])
         bars.set_ylim(4.6, -0.6)
         bars.set_frame_on(False)
     figure.suptitle(
@@ -140,7 +132,7 @@ def draw_routes(image_path: Path, scan: str, size: tuple[int, int], reductions: 
     figure = _figure(3.4 * len(orders), 4.0)
     colours = matplotlib.colormaps['plasma']
     for number, (axes, order) in enumerate(zip(figure.subplots(1, len(orders), squeeze=False).flat, orders), 1):
-        axes.imshow(image, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest', alpha=0.55)
+        axes.imshow(image, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest', alpha=0.45)
         for edge in range(width + 1):
             axes.axvline(edge - 0.5, color='white', linewidth=0.4, alpha=0.5)
         for edge in range(height + 1):
@@ -148,17 +140,18 @@ def draw_routes(image_path: Path, scan: str, size: tuple[int, int], reductions: 
         for sequence in order.tolist():
             points = np.array([(p % width, p // width) for p in sequence if p >= 0], dtype=float)  # [T, (x, y)]
             time = np.linspace(0, 0.92, len(points))
-            segments = np.stack([points[:-1], points[1:]], axis=1)
-            axes.add_collection(LineCollection(segments, colors=colours(time[:-1]), linewidths=2.0, capstyle='round'))
+            segments = np.stack([points[:-1], points[1:]], axis=1)  # [T - 1, 2, 2]
+            steps = np.abs(segments[:, 1] - segments[:, 0]).max(1) <= 1
+            for chosen, line in ((steps, 2.4), (~steps, 0.8)):  # jumps between lines are thin
+                colour = colours(time[:-1][chosen])
+                axes.add_collection(LineCollection(segments[chosen], colors=colour, linewidths=line, capstyle='round'))
             axes.scatter(*points.T, c=colours(time), s=14, zorder=3, linewidths=0)
         first, last = points[0], points[-1]
         axes.scatter(*first, s=110, marker='o', facecolor='white', edgecolor=colours(0.0), linewidth=2, zorder=4)
         axes.scatter(*last, s=110, marker='s', facecolor='white', edgecolor=colours(0.92), linewidth=2, zorder=4)
         axes.set_title(f'route {number} of {len(orders)}', fontsize=11)
         axes.set(xticks=[], yticks=[])
-    figure.suptitle(
-        f'{scan} scan of a {height} by {width} map: circle is the first position, square the last', fontsize=11
-    )
+    figure.suptitle(f'{scan} scan, map of {height} by {width} positions: circle first, square last', fontsize=11)
     figure.savefig(path)
     return path
 
