@@ -1,6 +1,8 @@
 # Every target sets up .venv on its first call; a later call installs again only if setup.py or constraints.txt changed.
+# PIP_FIND_LINKS and pip's other variables pass through. DEMO_ARGS goes to the demo's training (DEMO_ARGS='--epochs 1').
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint bench
@@ -8,22 +10,24 @@ BIN := .venv/bin
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: .venv/installed-train  ## set up .venv with vmzoo and everything that training needs
+install: $(VENV)/installed-train  ## set up .venv with vmzoo and everything that training needs
 
-demo: .venv/installed-train  ## train on handwritten digits (CPU, about 3 minutes), then predict and draw
-	$(BIN)/python tools/demo.py
+demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, a few minutes), then predict and draw
+	$(BIN)/vmzoo train vmamba_nano_digits --resume $(DEMO_ARGS)
+	$(BIN)/python tools/export_digits.py data/digits
+	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits
 
-test: .venv/installed-train,dev  ## run the tests
+test: $(VENV)/installed-train,dev  ## run the tests
 	$(BIN)/python -m pytest
 
-lint: .venv/installed-train,dev  ## check style and formatting
+lint: $(VENV)/installed-train,dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed-train  ## time the operators and models
+bench: $(VENV)/installed-train  ## time the operators and models
 	$(BIN)/python tools/benchmark.py
 
-.venv/installed-%: setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/installed-%: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
