@@ -46,3 +46,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.05, begin=0, end=2, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=1e-5, begin=2, T_max=28, convert_to_iter_based=True),
 ]
+
+# Images this small are not worth sharing between cores: two threads wait for each other most of the time.
+env_cfg = dict(num_threads=1)

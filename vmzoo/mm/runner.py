@@ -45,7 +45,9 @@ class VMZooRunner(Runner):
     """A Runner whose log goes to the file, not to the terminal, where `ProgressHook` writes."""
 
     def setup_env(self, env_cfg: dict) -> None:
-        """As mmengine's, and where there is no GPU the processes talk through gloo."""
+        """As mmengine's; `num_threads` limits torch's threads, and without a GPU the processes talk through gloo."""
+        if 'num_threads' in env_cfg:
+            torch.set_num_threads(env_cfg['num_threads'])
         if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
             torch.distributed.init_process_group('gloo')
         super().setup_env(env_cfg)
