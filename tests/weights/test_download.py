@@ -1,6 +1,7 @@
 """`pretrained=True` through timm's own calls, against a server on this machine that serves the published format."""
 
 import json
+import re
 import threading
 from contextlib import contextmanager
 from hashlib import sha256
@@ -172,6 +173,43 @@ def test_wrong_architecture_names_keys_and_shapes(published):
     assert 'It fits vmamba_nano: create that model instead.' in message
 
 
+def test_first_release_of_vmamba(tmp_path):
+    """The published names of the January 2024 files."""
+    size = {'depths': (1, 1, 1, 1), 'embed_dim': 16}
+    source = timm.create_model('vmamba_v0_tiny', **size).eval()
+    names = [
+        (r'^patch_embed\.0', 'patch_embed.proj'),
+        (r'^patch_embed\.2', 'patch_embed.norm'),
+        (r'(blocks\.\d+)\.norm', r'\1.ln_1'),
+        (r'(blocks\.\d+)\.op', r'\1.self_attention'),
+        (r'^classifier\.', ''),
+    ]
+
+    def published_name(key):
+        for ours, theirs in names:
+            key = re.sub(ours, theirs, key)
+        return key
+
+    state = {published_name(key): value for key, value in source.state_dict().items()}
+    assert {'head.weight', 'norm.weight', 'layers.0.blocks.0.ln_1.weight', 'layers.0.downsample.norm.weight'} <= set(
+        state
+    )
+    torch.save({'model': state, 'config': Config()}, tmp_path / 'vssmtiny.pth')
+    model = create('vmamba_v0_tiny', source={'file': str(tmp_path / 'vssmtiny.pth')}, **size).eval()
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model(image), source(image))
+
+
+def test_vim_at_another_image_size(tmp_path):
+    """The position embedding is resized; the class token's row stays what it was."""
+    source = timm.create_model('vim_tiny_patch16_224', depth=2)
+    torch.save({'model': source.state_dict(), 'args': Config()}, tmp_path / 'vim.pth')
+    overlay = {'file': str(tmp_path / 'vim.pth')}
+    model = create('vim_tiny_patch16_224', source=overlay, depth=2, img_size=96)
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
+    assert torch.equal(model.pos_embed[:, 6 * 6 // 2], source.pos_embed[:, 14 * 14 // 2])
+
+
 def test_not_found(served):
     address, _ = served
     with pytest.raises(CheckpointError, match=r'could not download http://127.*/none\.pth: HTTP Error 404.*overlay'):
@@ -208,7 +246,7 @@ def test_missing_local_file_stays_a_file_error():
 
 
 def test_no_weights_published():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for vmamba_nano'):
+    with pytest.raises(CheckpointError, match='No weights are published for vmamba_nano'):
         timm.create_model('vmamba_nano', pretrained=True)
 
 

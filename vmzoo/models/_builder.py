@@ -35,10 +35,18 @@ def build_model(
         **kwargs: `feature_cfg`, `pretrained_filter_fn` and the model's own arguments.
 
     Raises:
-        CheckpointError: The download fails, or the file is damaged or of another architecture.
+        CheckpointError: No weights are published, the download fails, or the file is damaged.
+        CheckpointMismatch: Its weights are of another architecture.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     model_cls = cls
+    if pretrained and not any(cfg.get(key) for key in ('source', 'state_dict', 'file', 'hf_hub_id', 'url')):
+        from vmzoo.weights import CheckpointError
+
+        raise CheckpointError(
+            f'No weights are published for {variant}. Build it with pretrained=False, or pass '
+            "pretrained_cfg_overlay=dict(file='path/to/file')."
+        )
     if pretrained and _is_published_file(cfg):
         pretrained = False
 
