@@ -73,7 +73,7 @@ setup(
             'onedl-mmdetection>=3.5.1,<4',
             'onedl-mmpretrain>=1.3.6,<2',
         ],
-        'dev': ['pytest>=8', 'ruff>=0.9', 'pre-commit>=3.5', 'pyyaml', 'scikit-image>=0.22'],
+        'dev': ['pytest>=8', 'ruff>=0.9', 'pre-commit>=3.5', 'pyyaml', 'scikit-image>=0.22', 'setuptools>=70.1'],
     },
     entry_points={'console_scripts': ['vmzoo = vmzoo.cli.main:main']},
     classifiers=[
