@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         'examples: vmzoo train vmamba_nano_digits | '
         'vmzoo train image_folder --model vmamba_tiny_s1l8 --pretrained --data data --amp | '
-        'torchrun --nproc_per_node 8 tools/train.py image_folder --model vim_tiny --data data --launcher pytorch'
+        'torchrun --nproc_per_node 8 tools/train.py image_folder --model vim_tiny_patch16_224 --data data --launcher pytorch'
     )
     parser.add_argument('config', help='vmamba_nano_digits, image_folder, or the path of a config file')
     parser.add_argument('--model', metavar='NAME', help='any name of `vmzoo list` or timm.list_models()')
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     import vmzoo.mm  # noqa: F401  says what to install, before mmengine's own import fails
 
     cfg = load_config(args)
-    from mmengine.dist import is_main_process
+    from mmengine.dist import barrier, is_main_process
     from rich.console import Console
 
     from vmzoo.mm.runner import VMZooRunner, evaluate
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     runner.train()
+    barrier()  # the main process may still be writing best.pth
     metrics = evaluate(cfg, best)
     values = ', '.join(f'{key} {value:.2f} %' for key, value in metrics.items() if isinstance(value, float))
     console.print(

@@ -100,18 +100,25 @@ class VMZooClassifier(BaseModel):
         data_preprocessor: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor=dict(data_preprocessor, num_classes=num_classes))
-        kwargs = dict(model_kwargs or {})
-        if drop_path_rate:  # not every timm model has stochastic depth
-            kwargs['drop_path_rate'] = drop_path_rate
+        kwargs = dict(model_kwargs or {}, pretrained=bool(pretrained), num_classes=num_classes, in_chans=in_chans)
         if isinstance(pretrained, str):
             kwargs['pretrained_cfg_overlay'] = dict(file=pretrained)
-        self.backbone = timm.create_model(
-            model_name, pretrained=bool(pretrained), num_classes=num_classes, in_chans=in_chans, **kwargs
-        )
+        self.backbone = self._create(model_name, drop_path_rate, kwargs)
         self.model_name = model_name
         self.model_kwargs = dict(model_kwargs or {})
         self.in_chans = in_chans
         self.label_smoothing = label_smoothing
+
+    @staticmethod
+    def _create(model_name: str, drop_path_rate: float, kwargs: dict) -> torch.nn.Module:
+        if drop_path_rate:
+            try:
+                return timm.create_model(model_name, drop_path_rate=drop_path_rate, **kwargs)
+            except TypeError as error:
+                if 'drop_path_rate' not in str(error):
+                    raise
+            print_log(f'{model_name} has no stochastic depth: drop_path_rate is ignored', 'current', logging.WARNING)
+        return timm.create_model(model_name, **kwargs)
 
     def init_weights(self) -> None:
         """Do nothing: timm initialised or loaded the weights, and mmengine would initialise them again."""

@@ -70,6 +70,8 @@ def set_epochs(cfg: Config, epochs: int) -> None:
         for key in ('begin', 'end', 'T_max'):
             if scheduler.get(key):
                 scheduler[key] = max(1, round(scheduler[key] * ratio))
+    # A single epoch is all warm-up.
+    cfg.param_scheduler = [scheduler for scheduler in cfg.param_scheduler if scheduler.get('begin', 0) < epochs]
     cfg.train_cfg.max_epochs = epochs
 
 
@@ -95,8 +97,8 @@ def complete(cfg: Config) -> Config:
         hint = f'; did you mean {" or ".join(close)}?' if close else '; vmzoo list shows the names'
         raise ValueError(f'unknown model {model.model_name}{hint}')
     pretrained_cfg = timm.get_pretrained_cfg(model.model_name)
-    data = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict() if pretrained_cfg else {})
     in_chans = model.setdefault('in_chans', 3)
+    data = resolve_data_config(dict(in_chans=in_chans), pretrained_cfg.to_dict() if pretrained_cfg else {})
     for key in ('mean', 'std'):
         if model.data_preprocessor.get(key) is None:
             values = data[key]

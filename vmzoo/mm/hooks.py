@@ -11,6 +11,7 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.utils import apply_to
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -108,6 +109,8 @@ class NonFiniteLossHook(Hook):
 
 def save_atomically(obj: dict, path: Path) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old file or the new one, never half of one."""
+    # NumPy's scalars (sizes, scores) would need unsafe unpickling.
+    obj = apply_to(obj, lambda value: isinstance(value, np.generic), lambda value: value.item())
     temporary = path.with_name(f'.{path.name}.tmp')
     with open(temporary, 'wb') as file:
         torch.save(obj, file)

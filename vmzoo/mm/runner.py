@@ -1,10 +1,10 @@
 """mmengine's Runner with a quiet terminal, safe and strict resuming, and distributed training on CPUs."""
 
 import copy
+import itertools
 import logging
 import os
 import pickle
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -13,6 +13,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from vmzoo.weights import load_checkpoint
+
+_numbers = itertools.count()
 
 
 def check_keys(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, source: str) -> None:
@@ -43,6 +45,10 @@ def check_keys(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, sour
 @RUNNERS.register_module()
 class VMZooRunner(Runner):
     """A Runner whose log goes to the file, not to the terminal, where `ProgressHook` writes."""
+
+    def __init__(self, *args, experiment_name: str | None = None, **kwargs) -> None:
+        # mmengine keeps logs and scores by this name; runners of one process must not share them.
+        super().__init__(*args, experiment_name=f'{experiment_name or "run"}_{next(_numbers)}', **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's; `num_threads` limits torch's threads, and without a GPU the processes talk through gloo."""
@@ -111,7 +117,6 @@ def evaluate(cfg: Config, checkpoint: str | os.PathLike) -> dict:
         cfg[key] = None
     cfg.update(val_evaluator=None, custom_hooks=[], default_hooks=dict(checkpoint=None), resume=False, load_from=None)
     cfg.model.pretrained = False
-    cfg.experiment_name = f'test_{Path(checkpoint).stem}'
     runner = VMZooRunner.from_cfg(cfg)
     backbone = (runner.model.module if runner.distributed else runner.model).backbone
     report = load_checkpoint(backbone, checkpoint)
