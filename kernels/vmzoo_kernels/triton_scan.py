@@ -9,7 +9,7 @@ Few and long sequences are split into segments, so that the GPU is filled: a fir
 the state, a short one carries the states across, and the main pass starts every segment from its true state. The
 backward pass walks the tiles in reverse from states kept at every tile's start.
 
-Names: ``i_`` ids, ``o_`` offsets, ``p_`` pointers, ``b_`` values of a tile; tiles are [T, D] or [T, D, N].
+Names: ``i_`` ids, ``o_`` offsets, ``p_`` pointers, ``b_`` values of a tile; tiles are [T, D].
 """
 
 from typing import NamedTuple
@@ -22,6 +22,9 @@ from torch import Tensor
 from .backends import interpreted
 from .common import STATE_INTERVAL, compute_dtype
 
+# Sizes that must not cause a new compilation. The row strides are among them for another reason: as long as their
+# divisibility is unknown, a thread keeps VEC neighbouring channels, and all steps of a tile, to itself.
+_RUNTIME = ['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'num_tiles', 'steps']
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,19 +34,63 @@ def _compose(decay1, state1, decay2, state2):
 
 
 @triton.jit
+def _compose_exclusive(input1, before1, decay1, input2, before2, decay2):
+    """As `_compose`, but for exp(delta_t A) h_{t-1}, the state without the step's own input: nothing cancels."""
+    return input2, before2 + decay2 * (before1 + input1), decay2 * decay1
+
+
+@triton.jit
+def _compose_adjoint(decay1, grad1, weight1, decay2, grad2, weight2):
+    """dL/dh_t = C_t dL/dy_t + decay_{t+1} dL/dh_{t+1}, from the last step (1) to the first (2).
+
+    A run of steps turns the q that comes in after it into ``grad + weight q`` at its first step.
+    """
+    carried = weight2 * decay1
+    return decay2, grad2 + carried * grad1, carried * weight1
+
+
+@triton.jit
 def _softplus(x):
-    # log1p(e) as log(w) + (e - (w - 1)) / w, exact where 1 + e rounds; comparisons that are false for NaN keep it
-    e = tl.exp(tl.where(x > 30.0, 30.0, x))
-    w = 1.0 + e
-    return tl.where(x > 30.0, x, tl.log(w) + (e - (w - 1.0)) / w)
+    """softplus to full relative precision, and exp(-|x|), in one exponential."""
+    e = tl.exp(-tl.abs(x))
+    if x.dtype == tl.float64:
+        w = 1.0 + e
+        log1p = tl.log(w) + (e - (w - 1.0)) / w  # the second term restores what the rounding of 1 + e lost
+    else:
+        # log1p(e) / e on [0, 1]: Chebyshev interpolant of degree 9, relative error 1.3e-7
+        p = -0.0031760570127516985 * e + 0.019542528316378593
+        p = p * e - 0.05637361481785774
+        p = p * e + 0.10543623566627502
+        p = p * e - 0.1526966691017151
+        p = p * e + 0.1966327428817749
+        p = p * e - 0.24951615929603577
+        p = p * e + 0.33329710364341736
+        p = p * e - 0.49999892711639404
+        p = p * e + 1.0
+        log1p = p * e
+    return tl.where(x > 0, x, 0.0) + log1p, e
 
 
 @triton.jit
 def _row(tile, o_t, row):
-    """One row of a [T, ...] tile."""
-    if len(tile.shape) == 3:
-        return tl.sum(tl.where((o_t == row)[:, None, None], tile, 0.0), axis=0)
+    """One row of a [T, D] tile."""
     return tl.sum(tl.where((o_t == row)[:, None], tile, 0.0), axis=0)
+
+
+@triton.jit
+def _column(tile, o_n, n):
+    """Column n of a [D, N] tile."""
+    return tl.sum(tl.where((o_n == n)[None, :], tile, 0.0), axis=1)
+
+
+@triton.jit
+def _add_column(tile, o_n, n, column):
+    return tl.where((o_n == n)[None, :], tile + column[:, None], tile)
+
+
+@triton.jit
+def _set_column(tile, o_n, n, column):
+    return tl.where((o_n == n)[None, :], column[:, None], tile)
 
 
 @triton.jit
@@ -60,10 +107,13 @@ def _program(num_routes, num_sequences, num_segments, num_blocks):
 
 
 @triton.jit
-def _positions(p_table, o_step, steps):
-    """Positions of a tile's steps as int64, and which of them exist (neither padding nor past the end)."""
+def _positions(p_table, o_step, steps, WIDE: tl.constexpr):
+    """Positions of a tile's steps, and which of them exist (neither padding nor past the end)."""
     b_pos = tl.load(p_table + o_step, mask=o_step < steps, other=-1)
-    return b_pos.to(tl.int64), b_pos >= 0
+    b_real = b_pos >= 0
+    if WIDE:  # offsets inside one map pass 2^31
+        b_pos = b_pos.to(tl.int64)
+    return b_pos, b_real
 
 
 @triton.jit
@@ -89,7 +139,7 @@ def _step_sizes(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """delta, what went into its softplus [T, D], and the low-rank dt [T, R] (or the same again where it is whole)."""
+    """delta and its derivative before the softplus [T, D], and the low-rank dt [T, R] (or delta where it is whole)."""
     if RANK > 0:
         b_dt = _load_rows(p_dt, b_pos, stride_l, o_r, stride_d, b_real[:, None] & (o_r < RANK)[None, :]).to(ACC)
         b_raw = tl.dot(b_dt, tl.trans(b_weight), input_precision=PRECISION, out_dtype=ACC)
@@ -97,14 +147,15 @@ def _step_sizes(
         b_dt = _load_rows(p_dt, b_pos, stride_l, o_d, stride_d, b_real[:, None] & b_in_d[None, :]).to(ACC)
         b_raw = b_dt
     b_raw += b_bias[None, :]
-    b_delta = b_raw
+    b_delta, b_slope = b_raw, tl.full(b_raw.shape, 1.0, ACC)
     if SOFTPLUS:
-        b_delta = _softplus(b_raw)
+        b_delta, b_e = _softplus(b_raw)
+        b_slope = tl.where(b_raw > 0, 1.0, b_e) / (1.0 + b_e)
     # A step past the end leaves the state alone; padding inside the sequence does not.
-    return tl.where(in_sequence[:, None], b_delta, 0.0), b_raw, b_dt
+    return tl.where(in_sequence[:, None], b_delta, 0.0), b_slope, b_dt
 
 
-@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'steps', 'num_tiles'])
+@triton.jit(do_not_specialize=[*_RUNTIME, 'x_l', 'y_l'])
 def _forward_kernel(
     x,
     dt,
@@ -159,6 +210,8 @@ def _forward_kernel(
     BLOCK_R: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     SAVE_STATES: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -172,9 +225,9 @@ def _forward_kernel(
     o_d = i_block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
-    b_in_d, b_in_n = o_d < dim, o_n < N
+    b_in_d = o_d < dim
     o_dn = o_d[:, None] * N + o_n[None, :]
-    b_in_dn = b_in_d[:, None] & b_in_n[None, :]
+    b_in_dn = b_in_d[:, None] & (o_n < N)[None, :]
 
     b_A = tl.load(A + i_k * dim * N + o_dn, mask=b_in_dn, other=0.0) * _LOG2E
     b_weight, b_bias = o_r[None, :] + o_d[:, None], tl.zeros([BLOCK_D], dtype=ACC)
@@ -207,7 +260,7 @@ def _forward_kernel(
         if SAVE_STATES:
             tl.store(states + tl.cast(i_tile, tl.int64) * dim * N + o_dn, b_h, mask=b_in_dn)
         o_step = i_tile * BLOCK_T + o_t
-        b_pos, b_real = _positions(gather, o_step, steps)
+        b_pos, b_real = _positions(gather, o_step, steps, WIDE)
         b_delta, _, _ = _step_sizes(
             dt,
             b_pos,
@@ -226,23 +279,25 @@ def _forward_kernel(
             ACC,
         )
         b_rows = b_real[:, None] & b_in_d[None, :]
-        b_columns = b_real[:, None] & b_in_n[None, :]
-        b_x = _load_rows(x, b_pos, x_l, o_d, x_d, b_rows).to(ACC)
-        b_B = _load_rows(B, b_pos, B_l, o_n, B_n, b_columns).to(ACC)
-        b_decay = tl.exp2(b_delta[:, :, None] * b_A[None, :, :])
-        b_input = (b_delta * b_x)[:, :, None] * b_B[:, None, :]
-        b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
-        b_states += b_decay * b_h[None, :, :]
-        b_h = _row(b_states, o_t, BLOCK_T - 1)
+        b_x = _load_rows(x, b_pos, x_l * VEC, o_d, x_d, b_rows).to(ACC)
+        b_y = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
+        for n in range(N):
+            b_B = tl.load(B + b_pos * B_l + n * B_n, mask=b_real, other=0.0).to(ACC)
+            b_decay = tl.exp2(b_delta * _column(b_A, o_n, n)[None, :])
+            b_input = b_delta * b_x * b_B[:, None]
+            b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
+            b_states += b_decay * _column(b_h, o_n, n)[None, :]
+            b_h = _set_column(b_h, o_n, n, _row(b_states, o_t, BLOCK_T - 1))
+            if not SUMMARY:
+                b_C = tl.load(C + b_pos * C_l + n * C_n, mask=b_real, other=0.0).to(ACC)
+                b_y += b_states * b_C[:, None]
         if SUMMARY:
             b_sum += tl.sum(b_delta, axis=0)
         else:
-            b_C = _load_rows(C, b_pos, C_l, o_n, C_n, b_columns).to(ACC)
-            b_y = tl.sum(b_states * b_C[:, None, :], axis=2)
             if HAS_D:
                 b_y += b_D[None, :] * b_x
-            b_to, b_written = _positions(merge, o_step, steps)
-            p_y = y + b_to[:, None] * y_l + o_d[None, :] * y_d
+            b_to, b_written = _positions(merge, o_step, steps, WIDE)
+            p_y = y + b_to[:, None] * (y_l * VEC) + o_d[None, :] * y_d
             tl.store(p_y, b_y.to(y.dtype.element_ty), mask=b_written[:, None] & b_in_d[None, :])
 
     if SUMMARY:
@@ -288,7 +343,7 @@ def _carry_kernel(
         b_h = tl.exp2(b_delta[:, None] * b_A) * b_h + b_added
 
 
-@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'steps', 'num_tiles'])
+@triton.jit(do_not_specialize=[*_RUNTIME, 'x_l', 'dy_l', 'dx_l'])
 def _backward_kernel(
     dy,
     x,
@@ -363,6 +418,8 @@ def _backward_kernel(
     BLOCK_R: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     SPLIT: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -380,12 +437,11 @@ def _backward_kernel(
     o_d = i_block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
-    b_in_d, b_in_n, b_in_r = o_d < dim, o_n < N, o_r < RANK
+    b_in_d, b_in_r = o_d < dim, o_r < RANK
     o_dn = o_d[:, None] * N + o_n[None, :]
-    b_in_dn = b_in_d[:, None] & b_in_n[None, :]
+    b_in_dn = b_in_d[:, None] & (o_n < N)[None, :]
     o_dr = o_d[:, None] * RANK + o_r[None, :]
     b_in_dr = b_in_d[:, None] & b_in_r[None, :]
-    o_next = tl.minimum(o_t + 1, BLOCK_T - 1)[:, None] + tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.int32)
 
     b_A = tl.load(A + i_k * dim * N + o_dn, mask=b_in_dn, other=0.0)
     b_weight, b_bias = o_r[None, :] + o_d[:, None], tl.zeros([BLOCK_D], dtype=ACC)
@@ -426,53 +482,59 @@ def _backward_kernel(
         i_tile = first + end - 1 - i
         o_step = i_tile * BLOCK_T + o_t
         b_in_t = o_step < steps
-        b_pos, b_real = _positions(gather, o_step, steps)
-        b_to, b_written = _positions(merge, o_step, steps)
+        b_pos, b_real = _positions(gather, o_step, steps, WIDE)
+        b_to, b_written = _positions(merge, o_step, steps, WIDE)
         b_rows = b_real[:, None] & b_in_d[None, :]
-        b_columns = b_real[:, None] & b_in_n[None, :]
-        b_delta, b_raw, b_dt = _step_sizes(
+        b_delta, b_slope, b_dt = _step_sizes(
             dt, b_pos, b_real, dt_l, dt_d, o_d, b_in_d, o_r, b_weight, b_bias, b_in_t, RANK, SOFTPLUS, PRECISION, ACC
         )
-        b_C = _load_rows(C, b_pos, C_l, o_n, C_n, b_columns).to(ACC)
-        b_dy = _load_rows(dy, b_to, dy_l, o_d, dy_d, b_written[:, None] & b_in_d[None, :]).to(ACC)
-        b_decay = tl.exp2(b_delta[:, :, None] * (b_A * _LOG2E)[None, :, :])
-        # The decay of the following step; 1 in the last row, whose following step is inside b_q already.
-        b_delta_next = tl.where((o_t == BLOCK_T - 1)[:, None], 0.0, tl.gather(b_delta, o_next, 0))
-        b_decay_next = tl.exp2(b_delta_next[:, :, None] * (b_A * _LOG2E)[None, :, :])
-        b_product, b_g = tl.associative_scan(
-            (b_decay_next, b_dy[:, :, None] * b_C[:, None, :]), 0, _compose, reverse=True
-        )
-        b_g += b_product * b_q[None, :, :]
-        b_q = _row(b_decay * b_g, o_t, 0)
+        b_dy = _load_rows(dy, b_to, dy_l * VEC, o_d, dy_d, b_written[:, None] & b_in_d[None, :]).to(ACC)
+        b_d_input = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)  # dL/d(delta x)
+        b_d_delta = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
         if SUMMARY:
             b_sum += tl.sum(b_delta, axis=0)
         else:
-            b_x = _load_rows(x, b_pos, x_l, o_d, x_d, b_rows).to(ACC)
-            b_B = _load_rows(B, b_pos, B_l, o_n, B_n, b_columns).to(ACC)
+            b_x = _load_rows(x, b_pos, x_l * VEC, o_d, x_d, b_rows).to(ACC)
             b_h = tl.load(states + tl.cast(i_tile, tl.int64) * dim * N + o_dn, mask=b_in_dn, other=0.0)
-            b_input = (b_delta * b_x)[:, :, None] * b_B[:, None, :]
-            b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
-            b_states += b_decay * b_h[None, :, :]
-            b_d_input = tl.sum(b_g * b_B[:, None, :], axis=2)  # of delta * x
-            b_d_log_decay = b_g * (b_states - b_input)  # of delta * A
-            b_d_delta = tl.sum(b_d_log_decay * b_A[None, :, :], axis=2) + b_d_input * b_x
-            b_dA += tl.sum(b_d_log_decay * b_delta[:, :, None], axis=0)
-            b_dB = tl.sum(b_g * (b_delta * b_x)[:, :, None], axis=1)
-            b_dC = tl.sum(b_states * b_dy[:, :, None], axis=1)
+        for n in range(N):
+            b_An = _column(b_A, o_n, n)
+            b_C = tl.load(C + b_pos * C_l + n * C_n, mask=b_real, other=0.0).to(ACC)
+            b_decay = tl.exp2(b_delta * (b_An * _LOG2E)[None, :])
+            b_ones = tl.full([BLOCK_T, BLOCK_D], 1.0, ACC)
+            _, b_g, b_weight_q = tl.associative_scan(
+                (b_decay, b_dy * b_C[:, None], b_ones), 0, _compose_adjoint, reverse=True
+            )
+            b_g += b_weight_q * _column(b_q, o_n, n)[None, :]
+            b_q = _set_column(b_q, o_n, n, _row(b_decay * b_g, o_t, 0))
+            if not SUMMARY:
+                b_B = tl.load(B + b_pos * B_l + n * B_n, mask=b_real, other=0.0).to(ACC)
+                b_input = b_delta * b_x * b_B[:, None]
+                _, b_decayed, b_product = tl.associative_scan(
+                    (b_input, tl.zeros([BLOCK_T, BLOCK_D], ACC), b_decay), 0, _compose_exclusive
+                )
+                b_decayed += b_product * _column(b_h, o_n, n)[None, :]
+                b_states = b_decayed + b_input
+                b_d_input += b_g * b_B[:, None]
+                b_d_log_decay = b_g * b_decayed  # dL/d(delta A)
+                b_d_delta += b_d_log_decay * b_An[None, :]
+                b_dA = _add_column(b_dA, o_n, n, tl.sum(b_d_log_decay * b_delta, axis=0))
+                b_dB = tl.sum(b_g * (b_delta * b_x), axis=1)
+                b_dC = tl.sum(b_states * b_dy, axis=1)
+                tl.store(d_B + b_pos * d_BC_l + n, b_dB, mask=b_real)
+                tl.store(d_C + b_pos * d_BC_l + n, b_dC, mask=b_real)
+
+        if not SUMMARY:
             b_dx = b_d_input * b_delta
             if HAS_D:
                 b_dx += b_D[None, :] * b_dy
                 b_dD += tl.sum(b_dy * b_x, axis=0)
-            if SOFTPLUS:
-                b_d_delta *= 1.0 / (1.0 + tl.exp(-b_raw))
+            b_d_delta = (b_d_delta + b_d_input * b_x) * b_slope
             b_d_delta = tl.where(b_in_t[:, None] & b_in_d[None, :], b_d_delta, 0.0)
             if HAS_BIAS:
                 b_dbias += tl.sum(b_d_delta, axis=0)
 
-            p_dx = dx + b_pos[:, None] * dx_l + o_d[None, :] * dx_d
+            p_dx = dx + b_pos[:, None] * (dx_l * VEC) + o_d[None, :] * dx_d
             tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=b_rows)
-            tl.store(d_B + b_pos[:, None] * d_BC_l + o_n[None, :], b_dB, mask=b_columns)
-            tl.store(d_C + b_pos[:, None] * d_BC_l + o_n[None, :], b_dC, mask=b_columns)
             if RANK > 0:
                 b_d_dt = tl.dot(b_d_delta, b_weight, input_precision=PRECISION, out_dtype=ACC)
                 b_dweight += tl.dot(tl.trans(b_d_delta), b_dt, input_precision=PRECISION, out_dtype=ACC)
@@ -501,6 +563,7 @@ class _Plan(NamedTuple):
     """How a scan is cut into programs."""
 
     block_d: int
+    vec: int
     num_blocks: int
     num_tiles: int
     num_segments: int
@@ -509,26 +572,35 @@ class _Plan(NamedTuple):
 
 
 _BLOCK_T = STATE_INTERVAL
-_FULL_GPU = 2048  # programs that keep a large GPU busy
+_FULL_GPU = 1024  # programs that keep a large GPU busy
 _MIN_SEGMENT = 4  # tiles; shorter segments cost more in the extra pass than they bring
 
 
 def _plan(x: Tensor, A: Tensor, gather: Tensor, rank: int) -> _Plan:
     num_routes, sequences, steps = gather.shape
-    _, dim, d_state = A.shape
-    block_n = triton.next_power_of_2(d_state)
-    block_d = 4 if interpreted() else 32 if block_n == 1 else 16
-    num_warps = max(1, min(8, block_n // 2))
+    dim = A.shape[1]
+    block_d, vec = 32, 1
+    if interpreted():
+        block_d = 4
+    elif dim % 64 == 0 and x.element_size() == 2:
+        block_d, vec = 64, 2
+    num_warps = 1
     num_blocks = triton.cdiv(dim, block_d)
     num_tiles = triton.cdiv(steps, _BLOCK_T)
     programs = max(1, x.shape[0] * num_routes * sequences * num_blocks)
-    segment_tiles = max(_MIN_SEGMENT, triton.cdiv(num_tiles * programs, _FULL_GPU))
+    num_segments = max(1, min(_FULL_GPU // programs, num_tiles // _MIN_SEGMENT))
+    segment_tiles = triton.cdiv(num_tiles, num_segments)
     num_segments = triton.cdiv(num_tiles, segment_tiles)
-    return _Plan(block_d, num_blocks, num_tiles, num_segments, segment_tiles, num_warps)
+    return _Plan(block_d, vec, num_blocks, num_tiles, num_segments, segment_tiles, num_warps)
 
 
 def _contiguous(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if v is None else v.to(dtype).contiguous()
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether offsets inside one batch item pass 31 bits."""
+    return any(sum((n - 1) * abs(s) for n, s in zip(v.shape[1:], v.stride()[1:])) >= 2**31 for v in tensors)
 
 
 class _Scan:
@@ -556,6 +628,8 @@ class _Scan:
             'BLOCK_R': max(16, triton.next_power_of_2(max(self.rank, 1))),
             'HAS_D': D is not None,
             'HAS_BIAS': bias is not None,
+            'VEC': plan.vec,
+            'WIDE': _wide(x, dt, B, C) or gather.numel() * self.dim >= 2**31,
             'SOFTPLUS': softplus,
             # 'ieee' keeps float32 exact; tf32 holds every float16 and bfloat16 value that it multiplies
             'PRECISION': 'ieee' if dt.dtype in (torch.float32, torch.float64) else 'tf32',
@@ -567,8 +641,9 @@ class _Scan:
         return self.A if v is None else v
 
     def strides(self, v: Tensor) -> tuple[int, int, int, int]:
-        """Strides of [B, L, D] or [B, L, K, D] over batch, position, route and channel."""
-        return (v.stride(0), v.stride(1), 0, v.stride(2)) if v.ndim == 3 else v.stride()
+        """Strides of [B, L, D] or [B, L, K, D] over batch, position (in units of VEC), route and channel."""
+        batch, position, route, channel = (v.stride(0), v.stride(1), 0, v.stride(2)) if v.ndim == 3 else v.stride()
+        return batch, position // self.plan.vec, route, channel
 
     @property
     def sequences(self) -> int:
@@ -634,8 +709,9 @@ def forward(
     scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
     parts = out
     if out.ndim == 3 and scan.num_routes > 1:
-        parts = _buffer(x, (scan.num_routes, *out.shape), out.dtype, complete)
-        y_strides = (parts.stride(1), parts.stride(2), parts.stride(0), parts.stride(3))
+        # float32, so that the result is rounded once
+        parts = _buffer(x, (scan.num_routes, *out.shape), scan.acc, complete)
+        y_strides = scan.strides(parts.permute(1, 2, 0, 3))
     else:
         if not complete:
             parts.zero_()
@@ -679,7 +755,7 @@ def forward(
             scan.carry(*segments, reverse=False)
         launch(summary=False)
         if parts is not out:
-            torch.sum(parts, dim=0, out=out)
+            torch.sum(parts, dim=0, dtype=out.dtype, out=out)
 
 
 def backward(
@@ -705,7 +781,7 @@ def backward(
 
     if x.ndim == 3 and num_routes > 1:
         dx = _buffer(x, (num_routes, batch, positions, dim), x.dtype, complete)
-        dx_strides = (dx.stride(1), dx.stride(2), dx.stride(0), dx.stride(3))
+        dx_strides = scan.strides(dx.permute(1, 2, 0, 3))
     else:
         dx = torch.empty_like(x) if complete else torch.zeros_like(x)
         dx_strides = scan.strides(dx)

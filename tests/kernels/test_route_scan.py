@@ -13,9 +13,7 @@ from vmzoo_kernels.ops import scan_flops
 from vmzoo_kernels.reference import route_scan_reference
 
 GPU = torch.cuda.is_available()
-TRITON = pytest.param(
-    'triton', marks=pytest.mark.skipif(available_backends('cpu')['triton'] is not None, reason='no Triton')
-)
+BACKENDS = ['torch', 'triton']
 NAMES = ('x', 'x_dbl', 'A', 'D', 'dt_weight', 'dt_bias')
 
 
