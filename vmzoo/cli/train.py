@@ -8,8 +8,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = 'Train a classifier from a config: a file, or a shipped one by its name.'
     parser.epilog = (
         'examples: vmzoo train vmamba_nano_digits | '
-        'vmzoo train image_folder --model vmamba_tiny_s1l8 --pretrained --data data --amp | '
-        'torchrun --nproc_per_node 8 tools/train.py image_folder --model vim_tiny_patch16_224 --data data --launcher pytorch'
+        'vmzoo train image_folder --model vmamba_tiny_s1l8 --data data --pretrained --amp | '
+        'torchrun --nproc_per_node 8 tools/train.py image_folder --model vim_tiny_patch16_224 --data data '
+        '--launcher pytorch'
     )
     parser.add_argument('config', help='vmamba_nano_digits, image_folder, or the path of a config file')
     parser.add_argument('--model', metavar='NAME', help='any name of `vmzoo list` or timm.list_models()')
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         ImportError: The training extra is not installed.
         FileNotFoundError, ValueError: See `vmzoo.mm.config.complete` and the datasets.
     """
+    import torch
+
     import vmzoo.mm  # noqa: F401  says what to install, before mmengine's own import fails
 
     cfg = load_config(args)
@@ -132,4 +135,7 @@ def run(args: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if runner.distributed:  # a process that leaves while another still talks to it is aborted
+        barrier()
+        torch.distributed.destroy_process_group()
     return 0
