@@ -12,7 +12,7 @@ help:  ## list the targets
 
 install: $(VENV)/installed-train  ## set up .venv with vmzoo and everything that training needs
 
-demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, a few minutes), then predict and draw
+demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, 1 to 2 minutes), then predict and draw
 	$(BIN)/vmzoo train vmamba_nano_digits --resume $(DEMO_ARGS)
 	$(BIN)/python tools/export_digits.py data/digits
 	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits

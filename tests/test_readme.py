@@ -19,9 +19,9 @@ CHECKPOINT = 'vssm1_tiny_0230s_ckpt_epoch_264.pth'
 # What takes too long for a test, and what a test runs instead. {env} is this environment.
 SHORTENED = {
     'git clone <address of this repository> vmzoo && cd vmzoo': 'test -f Makefile',
-    'make demo': "make -o '{env}/installed-train' 'VENV={env}' DEMO_ARGS='--epochs 2' demo",
+    'make demo': "make -o '{env}/installed-train' 'VENV={env}' DEMO_ARGS='--epochs 1' demo",
     'vmzoo train image_folder --model vmamba_tiny_s1l8 --pretrained --data data': (
-        'vmzoo train image_folder --model vmamba_tiny_s1l8 --pretrained --data data --epochs 2 '
+        'vmzoo train image_folder --model vmamba_tiny_s1l8 --pretrained --data data --epochs 1 '
         '--cfg-options train_dataloader.num_workers=0 val_dataloader.num_workers=0 test_dataloader.num_workers=0 '
         "'train_dataloader.dataset.input_size=(3,64,64)' 'val_dataloader.dataset.input_size=(3,64,64)' "
         "'test_dataloader.dataset.input_size=(3,64,64)' train_dataloader.batch_size=4"
