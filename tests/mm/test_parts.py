@@ -8,7 +8,7 @@ from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
 from vmzoo.mm import ClassificationMetric, DigitsDataset, ImagePreprocessor, TimmOptimWrapperConstructor
-from vmzoo.mm.config import LOADERS, complete, config_folder, find_config, parse_options, set_epochs
+from vmzoo.mm.config import complete, config_folder, find_config, loaders, parse_options, set_epochs
 from vmzoo.mm.datasets import collate_readable
 
 CONFIGS = sorted(p for p in config_folder().glob('classification/*.py'))
@@ -19,14 +19,14 @@ def test_config_builds(path, image_folder):
     cfg = Config.fromfile(str(path))
     if cfg.model.model_name is None:
         cfg.model.model_name = 'vmamba_nano'
-        for name in LOADERS:
-            cfg[name].dataset.root = str(image_folder)
+        for loader in loaders(cfg):
+            loader.dataset.root = str(image_folder)
     cfg = complete(cfg)
     model = MODELS.build(cfg.model).eval()
-    for name in LOADERS:
-        dataset = DATASETS.build(cfg[name].dataset)
+    for loader in loaders(cfg):
+        dataset = DATASETS.build(loader.dataset)
         batch = model.data_preprocessor(collate_readable([dataset[0], dataset[len(dataset) - 1]]))
-        assert batch['inputs'].shape == (2, *cfg[name].dataset.input_size)
+        assert batch['inputs'].shape == (2, *loader.dataset.input_size)
         assert model(**batch).shape == (2, len(dataset.metainfo['classes']))
     assert find_config(path.stem) == path
 
@@ -34,8 +34,8 @@ def test_config_builds(path, image_folder):
 def test_model_decides_what_the_config_leaves_open(image_folder):
     cfg = Config.fromfile(str(find_config('image_folder')))
     cfg.model.model_name = 'vmamba_tiny_s1l8'
-    for name in LOADERS:
-        cfg[name].dataset.root = str(image_folder)
+    for loader in loaders(cfg):
+        loader.dataset.root = str(image_folder)
     done = complete(cfg)
     assert done.model.num_classes == 2
     assert done.val_dataloader.dataset.input_size == (3, 224, 224)

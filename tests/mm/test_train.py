@@ -59,7 +59,7 @@ def test_digits_are_learnt(tmp_path, capsys):
     assert sum(map(sum, test['confusion'])) == 360
 
 
-def test_killed_training_resumes_to_the_same_end(image_folder, tmp_path):
+def test_killed_training_resumes_to_the_same_end(image_folder, tmp_path, capsys):
     # Augmentation, mixing, drop path, workers and averaging all draw or keep state that has to come back.
     options = ('--epochs', '6', '--ema', '--resume')
     workers = ('train_dataloader.batch_size=8', 'train_dataloader.num_workers=1')
@@ -78,7 +78,10 @@ def test_killed_training_resumes_to_the_same_end(image_folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 1 <= load(last)['meta']['epoch'] < 6
+    capsys.readouterr()
     assert main(arguments('killed')) == 0
+    out = capsys.readouterr().out
+    assert 'resuming' in out and 'WARNING' not in out
 
     whole, resumed = load(tmp_path / 'whole/last.pth'), load(last)
     for part in ('state_dict', 'ema_state_dict'):
@@ -101,10 +104,12 @@ def test_finished_training_is_not_repeated(train_folder, tmp_path, capsys):
     assert (tmp_path / 'work/last.pth').read_bytes() == before
 
 
-def test_resuming_another_model_is_refused(train_folder, capsys):
+def test_resuming_another_training_is_refused(train_folder, capsys):
     assert train_folder('--epochs', '1') == 0
-    assert train_folder('--epochs', '2', '--resume', cfg_options=['model.model_kwargs={"embed_dim":16}']) == 1
+    assert train_folder('--epochs', '1', '--resume', cfg_options=['model.model_kwargs={"embed_dim":16}']) == 1
     assert 'belongs to another model' in capsys.readouterr().err
+    assert train_folder('--epochs', '2', '--resume') == 1
+    assert 'a training of 1 epochs' in capsys.readouterr().err
 
 
 def test_resuming_never_unpickles_code(train_folder, tmp_path, capsys):

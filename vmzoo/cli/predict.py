@@ -83,6 +83,8 @@ def load_classifier(model_name: str | None, checkpoint: str | None) -> Classifie
     if not checkpoint and not getattr(timm.get_pretrained_cfg(name), 'has_weights', False):
         raise ValueError(f'{name} has no published weights; train it, then give --checkpoint FILE')
     model = timm.create_model(name, pretrained=not checkpoint, **kwargs).eval()
+    if not getattr(model, 'num_classes', 0):
+        raise ValueError(f'{name} gives feature maps, not classes')
     if checkpoint:
         report = load_checkpoint(model, checkpoint)
         if report.head:

@@ -55,11 +55,11 @@ def load_config(args: argparse.Namespace):
     """The config that the arguments describe, complete; also used by tools/test.py."""
     from mmengine.config import Config
 
-    from vmzoo.mm.config import LOADERS, complete, find_config, parse_options, set_epochs
+    from vmzoo.mm.config import complete, find_config, loaders, parse_options, set_epochs
 
     path = find_config(args.config)
     cfg = Config.fromfile(str(path))
-    datasets = [cfg[name].dataset for name in LOADERS]
+    datasets = [loader.dataset for loader in loaders(cfg)]
     if args.model:
         cfg.model.model_name = args.model
     if (args.data or args.skip_broken) and 'root' not in datasets[0]:
@@ -127,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
     )
     runner.train()
     barrier()  # the main process may still be writing best.pth
-    metrics = evaluate(cfg, best)
-    values = ', '.join(f'{key} {value:.2f} %' for key, value in metrics.items() if isinstance(value, float))
-    console.print(
-        f'[bold green]test: {values}[/] with {best} '
-        f'(epoch {runner.message_hub.get_info("best_epoch")} of {runner.epoch})',
-        highlight=False,
-        soft_wrap=True,
-    )
+    if cfg.get('test_dataloader'):
+        values = [f'{key} {value:.2f} %' for key, value in evaluate(cfg, best).items() if isinstance(value, float)]
+        console.print(
+            f'[bold green]test: {", ".join(values)}[/] with {best} '
+            f'(epoch {runner.message_hub.get_info("best_epoch")} of {runner.epoch})',
+            highlight=False,
+            soft_wrap=True,
+        )
     if runner.distributed:  # a process that leaves while another still talks to it is aborted
         barrier()
         torch.distributed.destroy_process_group()

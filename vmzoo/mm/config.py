@@ -8,14 +8,18 @@ from pathlib import Path
 
 import timm
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from timm.data import resolve_data_config
 
 import vmzoo
 
 from .datasets import class_folders
 
-LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+def loaders(cfg: Config) -> list[ConfigDict]:
+    """The data loaders of a config; not every config has a test set."""
+    names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    return [cfg[name] for name in names if cfg.get(name)]
 
 
 def config_folder() -> Path:
@@ -104,10 +108,10 @@ def complete(cfg: Config) -> Config:
             values = data[key]
             average = (sum(values) / len(values),)
             model.data_preprocessor[key] = values if len(values) == in_chans else average * in_chans
-    for name in LOADERS:
-        dataset = cfg[name].dataset
-        cfg[name].num_workers = min(cfg[name].num_workers, os.cpu_count())
-        cfg[name].pin_memory = torch.cuda.is_available()
+    for loader in loaders(cfg):
+        dataset = loader.dataset
+        loader.num_workers = min(loader.get('num_workers', 0), os.cpu_count())
+        loader.pin_memory = torch.cuda.is_available()
         if 'root' in dataset and not dataset.root:
             raise ValueError('name the data folder: --data DIR, which holds train/<class>/*.jpg and val/<class>/*.jpg')
         if dataset.get('input_size') is None:

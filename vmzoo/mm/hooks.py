@@ -2,7 +2,6 @@
 
 import os
 import random
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -165,13 +164,20 @@ class BestAndLastHook(Hook):
         self.saved_epoch = runner.epoch
         if not is_main_process():
             return
-        hub = runner.message_hub.state_dict()
-        hub['log_scalars'] = OrderedDict()  # the history is in the log files; here it would need unsafe unpickling
+        # Without the history of values: it is in the log files, and here it would need unsafe unpickling.
+        info = runner.message_hub.state_dict()['runtime_info']
+        hub = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
         checkpoint = dict(
-            meta=dict(epoch=runner.epoch, iter=runner.iter, seed=runner.seed, cfg=runner.cfg.pretty_text),
+            meta=dict(
+                epoch=runner.epoch,
+                iter=runner.iter,
+                seed=runner.seed,
+                cfg=runner.cfg.pretty_text,
+                dataset_meta=runner.train_dataloader.dataset.metainfo,
+            ),
             state_dict=unwrapped(runner.model).state_dict(),
             optimizer=runner.optim_wrapper.state_dict(),
-            param_schedulers=[scheduler.state_dict() for scheduler in runner.param_schedulers],
+            param_schedulers=[scheduler.state_dict() for scheduler in runner.param_schedulers or []],
             message_hub=hub,
         )
         runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
@@ -213,19 +219,19 @@ class ProgressHook(Hook):
         self.progress: Progress | None = None
 
     def before_train(self, runner) -> None:
-        if not is_main_process():
+        if not is_main_process() or runner.iter >= runner.max_iters:
             return
         self.progress = Progress(
             TextColumn('[bold]{task.description}'),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn('loss {task.fields[loss]:.3f}'),
+            TextColumn('loss {task.fields[loss]}'),
             TimeElapsedColumn(),
             TextColumn('left'),
             TimeRemainingColumn(),
             console=Console(),
         )
-        self.task = self.progress.add_task('training', total=runner.max_iters, completed=runner.iter, loss=float('nan'))
+        self.task = self.progress.add_task('training', total=runner.max_iters, completed=runner.iter, loss='...')
         self.progress.start()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -233,7 +239,7 @@ class ProgressHook(Hook):
             self.progress.update(
                 self.task,
                 completed=runner.iter + 1,
-                loss=runner.message_hub.get_scalar('train/loss').mean(20),
+                loss=f'{runner.message_hub.get_scalar("train/loss").mean(20):.3f}',
                 description=f'epoch {runner.epoch + 1}/{runner.max_epochs}',
             )
 

@@ -82,6 +82,12 @@ class VMZooRunner(Runner):
             raise ValueError(f'{filename} is not a checkpoint written by vmzoo: {error}') from error
         model = self.model.module if self.distributed else self.model
         check_keys(checkpoint['state_dict'], model, filename)
+        planned = checkpoint['message_hub']['runtime_info']['max_epochs']
+        if planned != self.max_epochs:
+            raise ValueError(
+                f'{filename} is of a training of {planned} epochs, not {self.max_epochs}; the schedule cannot change midway: '
+                'resume with the same number, or start from its weights: --pretrained best.pth --work-dir NEW'
+            )
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model.load_state_dict(checkpoint['state_dict'])
         self._has_loaded = True
