@@ -85,7 +85,7 @@ class VMZooRunner(Runner):
         planned = checkpoint['message_hub']['runtime_info']['max_epochs']
         if planned != self.max_epochs:
             raise ValueError(
-                f'{filename} is of a training of {planned} epochs, not {self.max_epochs}; the schedule cannot change midway: '
+                f'{filename} is of a training of {planned} epochs, not {self.max_epochs}; its schedule cannot change: '
                 'resume with the same number, or start from its weights: --pretrained best.pth --work-dir NEW'
             )
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
