@@ -358,8 +358,12 @@ def selective_scan(
         raise ValueError(f'B has {B.shape[1]} groups and C {C.shape[1]}: one must divide the other')
     B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
 
+    backend = resolve_backend(backend, u.device)
+
     def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
-        return v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+        v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+        # A copy costs less than kernels that read against the grain.
+        return v.contiguous() if backend == 'triton' else v
 
     order = get_routes('forward', 1, length, device=u.device)
     table = order.gather.expand(groups, 1, length)
@@ -379,7 +383,7 @@ def selective_scan(
         False,
         _flowing_dtype(u),
         _needs_grad(u, delta, A, B, C, D, delta_bias),
-        resolve_backend(backend, u.device),
+        backend,
     )
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     if z is not None:

@@ -22,10 +22,16 @@ from torch import Tensor
 from .backends import interpreted
 from .common import STATE_INTERVAL, compute_dtype
 
-# Sizes that must not cause a new compilation. The row strides are among them for another reason: as long as their
-# divisibility is unknown, a thread keeps VEC neighbouring channels, and all steps of a tile, to itself.
-_RUNTIME = ['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'num_tiles', 'steps']
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+# Run-time sizes and strides, of which no value causes a new compilation. The row strides among them serve a second
+# purpose: since their divisibility is unknown, a thread keeps VEC neighbouring channels, and all steps of a tile, to
+# itself, so that the scan needs no exchange between threads.
+_SIZES = ['num_routes', 'num_sequences', 'num_segments', 'segment_tiles', 'num_tiles', 'steps', 'num_blocks']
+_STRIDES = ['gather_k', 'merge_k', *(f'{v}_{axis}' for v in ('x', 'dt', 'B', 'C') for axis in 'blk')]
+_FORWARD_STRIDES = [*_STRIDES, *(f'y_{axis}' for axis in 'blk')]
+_BACKWARD_STRIDES = [*_STRIDES, *(f'{v}_{axis}' for v in ('dy', 'dx', 'd_dt', 'd_BC') for axis in 'blk')]
+_BACKWARD_STRIDES += ['d_dt_block', 'd_BC_block']
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def _step_sizes(
     return tl.where(in_sequence[:, None], b_delta, 0.0), b_slope, b_dt
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, 'x_l', 'y_l'])
+@triton.jit(do_not_specialize=[*_SIZES, *_FORWARD_STRIDES])
 def _forward_kernel(
     x,
     dt,
@@ -239,11 +245,11 @@ def _forward_kernel(
     if HAS_D:
         b_D = tl.load(D + i_k * dim + o_d, mask=b_in_d, other=0.0)
 
-    x += i_b * x_b + i_k * x_k
+    x += (i_b * x_b + i_k * x_k) * VEC
     dt += i_b * dt_b + i_k * dt_k
     B += i_b * B_b + i_k * B_k
     C += i_b * C_b + i_k * C_k
-    y += i_b * y_b + i_k * y_k
+    y += (i_b * y_b + i_k * y_k) * VEC
     gather += i_k * gather_k + i_s * steps
     merge += i_k * merge_k + i_s * steps
     i_sequence = (i_b * num_routes + i_k) * num_sequences + i_s
@@ -307,7 +313,7 @@ def _forward_kernel(
         tl.store(last + i_sequence * dim * N + o_dn, b_h, mask=b_in_dn)
 
 
-@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments'])
+@triton.jit(do_not_specialize=['num_routes', 'num_sequences', 'num_segments', 'num_blocks'])
 def _carry_kernel(
     A,
     segment_states,
@@ -343,7 +349,7 @@ def _carry_kernel(
         b_h = tl.exp2(b_delta[:, None] * b_A) * b_h + b_added
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, 'x_l', 'dy_l', 'dx_l'])
+@triton.jit(do_not_specialize=[*_SIZES, *_BACKWARD_STRIDES])
 def _backward_kernel(
     dy,
     x,
@@ -456,12 +462,12 @@ def _backward_kernel(
     b_dbias = tl.zeros([BLOCK_D], dtype=ACC)
     b_dweight = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
 
-    dy += i_b * dy_b + i_k * dy_k
-    x += i_b * x_b + i_k * x_k
+    dy += (i_b * dy_b + i_k * dy_k) * VEC
+    x += (i_b * x_b + i_k * x_k) * VEC
     dt += i_b * dt_b + i_k * dt_k
     B += i_b * B_b + i_k * B_k
     C += i_b * C_b + i_k * C_k
-    dx += i_b * dx_b + i_k * dx_k
+    dx += (i_b * dx_b + i_k * dx_k) * VEC
     d_dt += i_block * d_dt_block + i_b * d_dt_b + i_k * d_dt_k
     d_B += i_block * d_BC_block + i_b * d_BC_b + i_k * d_BC_k
     d_C += i_block * d_BC_block + i_b * d_BC_b + i_k * d_BC_k
@@ -576,15 +582,17 @@ _FULL_GPU = 1024  # programs that keep a large GPU busy
 _MIN_SEGMENT = 4  # tiles; shorter segments cost more in the extra pass than they bring
 
 
-def _plan(x: Tensor, A: Tensor, gather: Tensor, rank: int) -> _Plan:
+def _plan(x: Tensor, A: Tensor, gather: Tensor, backward: bool) -> _Plan:
+    """Tile shapes measured on Hopper GPUs; any gives the same result up to the order of sums."""
     num_routes, sequences, steps = gather.shape
-    dim = A.shape[1]
-    block_d, vec = 32, 1
+    _, dim, d_state = A.shape
+    block_d, vec, num_warps = 32, 1, 1
     if interpreted():
         block_d = 4
-    elif dim % 64 == 0 and x.element_size() == 2:
+    elif backward:
+        block_d, num_warps = (32, 2) if d_state == 1 else (16, 1)  # more would not fit the registers
+    elif d_state == 1 and dim % 64 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1]):
         block_d, vec = 64, 2
-    num_warps = 1
     num_blocks = triton.cdiv(dim, block_d)
     num_tiles = triton.cdiv(steps, _BLOCK_T)
     programs = max(1, x.shape[0] * num_routes * sequences * num_blocks)
@@ -606,14 +614,14 @@ def _wide(*tensors: Tensor) -> bool:
 class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
-    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus):
+    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus, backward):
         acc = compute_dtype(x.dtype)
         self.acc = acc
         self.x, self.dt, self.B, self.C = x, dt, B, C
         self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
         self.gather, self.merge = (v if v.stride(2) == 1 else v.contiguous() for v in (gather, merge))
         self.rank = 0 if weight is None else weight.shape[-1]
-        self.plan = plan = _plan(x, A, gather, self.rank)
+        self.plan = plan = _plan(x, A, gather, backward)
         self.batch, (self.num_routes, self.num_sequences, self.steps) = x.shape[0], gather.shape
         self.dim, self.d_state = A.shape[1:]
         self.params = (self.A, self._or_dummy(self.D), self._or_dummy(self.weight), self._or_dummy(self.bias))
@@ -641,9 +649,9 @@ class _Scan:
         return self.A if v is None else v
 
     def strides(self, v: Tensor) -> tuple[int, int, int, int]:
-        """Strides of [B, L, D] or [B, L, K, D] over batch, position (in units of VEC), route and channel."""
-        batch, position, route, channel = (v.stride(0), v.stride(1), 0, v.stride(2)) if v.ndim == 3 else v.stride()
-        return batch, position // self.plan.vec, route, channel
+        """Strides of [B, L, D] or [B, L, K, D] over batch, position and route, in units of VEC, and over channels."""
+        *rows, channel = (v.stride(0), v.stride(1), 0, v.stride(2)) if v.ndim == 3 else v.stride()
+        return *(stride // self.plan.vec for stride in rows), channel
 
     @property
     def sequences(self) -> int:
@@ -706,7 +714,7 @@ def forward(
     states: Tensor,
 ) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, backward=False)
     parts = out
     if out.ndim == 3 and scan.num_routes > 1:
         # float32, so that the result is rounded once
@@ -775,7 +783,7 @@ def backward(
     softplus: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, backward=True)
     plan, acc, rank = scan.plan, scan.acc, scan.rank
     batch, num_routes, dim, d_state, positions = scan.batch, scan.num_routes, scan.dim, scan.d_state, x.shape[1]
 
