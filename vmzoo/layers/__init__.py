@@ -1,6 +1,7 @@
 """Blocks that two or more model families share."""
 
 from .head import NormPoolHead
+from .linear import Linear, Mlp, linear
 from .patch import ConvDownsample, ConvStem, PatchMerging, PatchStem, Permute, to_channels_first, to_channels_last
 from .ss2d import SS2D, SSD2D
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
@@ -11,6 +12,8 @@ __all__ = [
     'SSD2D',
     'ConvDownsample',
     'ConvStem',
+    'Linear',
+    'Mlp',
     'NormPoolHead',
     'PatchMerging',
     'PatchStem',
@@ -21,6 +24,7 @@ __all__ = [
     'init_A_log_',
     'init_dt_bias_',
     'init_dt_weight_',
+    'linear',
     'to_channels_first',
     'to_channels_last',
 ]

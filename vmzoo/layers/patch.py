@@ -6,6 +6,8 @@ Sequential indices, and so parameter names, are those of the published VMamba ch
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class Permute(nn.Module):
     """`x.permute(*dims)` as a layer."""
@@ -108,7 +110,7 @@ class PatchMerging(nn.Module):
         if odd not in ('pad', 'crop'):
             raise ValueError(f"odd must be 'pad' or 'crop', got {odd!r}.")
         self.odd = odd
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+        self.reduction = Linear(4 * dim, out_dim, bias=False, **dd)
         self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
 
     def min_input(self, size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmzoo_kernels import Routes, get_routes, route_scan
 
+from .linear import Linear, linear
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 
 ScanName = Literal['cross', 'unidi', 'bidi', 'rotate', 'cascade']
@@ -89,7 +90,7 @@ class SS2D(nn.Module):
             raise ValueError(f'ssm_ratio {ssm_ratio} leaves no inner channel for dim {dim}.')
 
         self._build_scan_parameters(dd)
-        self.in_proj = nn.Linear(dim, d_inner * (2 if gate else 1), bias=False, **dd)
+        self.in_proj = Linear(dim, d_inner * (2 if gate else 1), bias=False, **dd)
         self.conv2d = (
             nn.Conv2d(d_inner, d_inner, kernel_size, padding=kernel_size // 2, groups=d_inner, bias=conv_bias, **dd)
             if kernel_size
@@ -99,7 +100,7 @@ class SS2D(nn.Module):
         self.gate_act = (act_layer() if gate_act else nn.Identity()) if gate else None
         self.out_norm = _ScanNorm(d_inner, eps=1e-5, **dd) if out_norm else nn.Identity()
         self.out_act = out_act_layer() if out_act_layer is not None else nn.Identity()
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        self.out_proj = Linear(d_inner, dim, bias=False, **dd)
         self.reset_parameters()
 
     def _build_scan_parameters(self, dd: dict) -> None:
@@ -150,7 +151,7 @@ class SS2D(nn.Module):
         dt_bias: Tensor,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
-        x_dbl = F.linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
+        x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
         return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, out_dtype=out_dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The visual state-space (VSS) block."""
 
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .linear import Mlp
 from .ss2d import SS2D
 
 

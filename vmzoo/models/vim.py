@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from vmzoo_kernels import get_routes, route_scan
 
+from ..layers.linear import Linear
 from ..layers.rope import apply_rope, rope_tables
 from ..layers.ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 from ..layers.tokens import ClassToken, class_token_index, drop_token, insert_token, resize_pos_embed
@@ -172,12 +173,12 @@ class BidirectionalMamba(nn.Module):
         if bidirectional:
             self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))
             self.D_b = nn.Parameter(torch.empty(d_inner, **dd))
-        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * d_inner, bias=False, **dd)
         for suffix in ('', '_b') if bidirectional else ('',):
             setattr(self, f'conv1d{suffix}', nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd))
-            setattr(self, f'x_proj{suffix}', nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False, **dd))
-            setattr(self, f'dt_proj{suffix}', nn.Linear(self.dt_rank, d_inner, **dd))
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+            setattr(self, f'x_proj{suffix}', Linear(d_inner, self.dt_rank + 2 * d_state, bias=False, **dd))
+            setattr(self, f'dt_proj{suffix}', Linear(self.dt_rank, d_inner, **dd))
+        self.out_proj = Linear(d_inner, dim, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
