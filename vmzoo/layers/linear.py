@@ -4,14 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: [..., I] -> [..., O], with weight [O, I] and bias [O].
 
     In float32 on a CPU it goes through oneDNN, as a 1x1 convolution of rows that lie channels-last in memory already:
-    on AMD processors twice as fast as the BLAS library behind ``F.linear``, elsewhere about the same.
+    on AMD processors twice as fast as the BLAS library behind ``F.linear``, elsewhere about the same. Compilers and
+    exporters see the plain linear layer, for which they have rules of their own.
     """
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or not _ONEDNN or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1]
     out = F.conv2d(rows, weight[:, :, None, None], bias)
