@@ -25,7 +25,8 @@ lint: $(VENV)/installed-train,dev  ## check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed-train  ## time the operators and models
-	$(BIN)/python tools/benchmark.py
+	$(BIN)/python tools/benchmark.py ops
+	$(BIN)/python tools/benchmark.py models
 
 $(VENV)/installed-%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

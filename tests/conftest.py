@@ -1,7 +1,14 @@
-"""Shared by all tests: fixed seeds, and memory that is never silently zero."""
+"""Shared by all tests: fixed seeds, memory that is never silently zero, and kernels that run without a GPU."""
 
+import os
 import random
 import sys
+from pathlib import Path
+
+# Kernels run compiled where there is a GPU and in Triton's interpreter elsewhere, which must be known before anything
+# imports Triton, as torch does.
+if not Path('/dev/nvidiactl').exists() and not Path('/dev/kfd').exists():
+    os.environ['TRITON_INTERPRET'] = '1'
 
 import numpy as np
 import pytest
@@ -38,3 +45,9 @@ def poisoned_memory(monkeypatch):
     """Fill with NaN what the library allocates without a value, so that reading it before writing fails a test."""
     for owner, name in ((torch, 'empty'), (torch, 'empty_like'), (torch.Tensor, 'new_empty')):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
