@@ -59,11 +59,11 @@ def _warn_slow(reason: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that ``backend`` ('auto', 'torch' or 'triton') means for tensors on a device.
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that ``backend`` ('auto', 'torch' or 'triton') means for tensors of a dtype on a device.
 
     'auto' follows the environment variable VMZOO_SCAN_BACKEND if it is set, and otherwise takes Triton for CUDA tensors
-    and torch for the rest.
+    and torch for the rest. Compiled kernels compute in float32: float64 is for the torch backend.
 
     Raises:
         ValueError: Unknown name.
@@ -73,8 +73,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         backend = os.environ.get(_ENV, 'auto')
     if backend not in ('auto', 'torch', 'triton'):
         raise ValueError(f"unknown scan backend {backend!r}; choose 'auto', 'torch' or 'triton'")
-    if backend == 'auto' and device.type != 'cuda':
+    exact = dtype == torch.float64 and not interpreted()
+    if backend == 'auto' and (device.type != 'cuda' or exact):
         return 'torch'
+    if backend == 'triton' and exact:
+        raise RuntimeError("scan backend 'triton' cannot run here: it computes in float32, and the tensors are float64")
     if backend in ('auto', 'triton') and device.type != 'meta':
         reason = why_not_triton(device)
         if reason is None:

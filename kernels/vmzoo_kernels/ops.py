@@ -274,7 +274,7 @@ def route_scan(
         merge,
         out_dtype or _flowing_dtype(x),
         _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
-        resolve_backend(backend, x.device),
+        resolve_backend(backend, x.device, x.dtype),
     )[0]
 
 
@@ -358,7 +358,7 @@ def selective_scan(
         raise ValueError(f'B has {B.shape[1]} groups and C {C.shape[1]}: one must divide the other')
     B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
 
-    backend = resolve_backend(backend, u.device)
+    backend = resolve_backend(backend, u.device, u.dtype)
 
     def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
         v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)

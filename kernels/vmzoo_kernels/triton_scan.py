@@ -619,7 +619,7 @@ class _Scan:
         self.acc = acc
         self.x, self.dt, self.B, self.C = x, dt, B, C
         self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
-        self.gather, self.merge = (v if v.stride(2) == 1 else v.contiguous() for v in (gather, merge))
+        self.gather, self.merge = (v if v[0].is_contiguous() else v.contiguous() for v in (gather, merge))
         self.rank = 0 if weight is None else weight.shape[-1]
         self.plan = plan = _plan(x, A, gather, backward)
         self.batch, (self.num_routes, self.num_sequences, self.steps) = x.shape[0], gather.shape

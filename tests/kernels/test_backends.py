@@ -44,6 +44,14 @@ def test_gpu_tensors_take_triton(no_interpreter, monkeypatch):
     assert resolve_backend('auto', CUDA) == 'triton'
 
 
+def test_float64_stays_exact(no_interpreter, monkeypatch, recwarn):
+    monkeypatch.setattr(backends, 'why_not_triton', lambda device: None)
+    assert resolve_backend('auto', CUDA, torch.float64) == 'torch'
+    assert not recwarn.list
+    with pytest.raises(RuntimeError, match='the tensors are float64'):
+        resolve_backend('triton', CUDA, torch.float64)
+
+
 def test_environment_overrides_auto(no_interpreter, monkeypatch):
     monkeypatch.setattr(backends, 'why_not_triton', lambda device: None)
     monkeypatch.setenv('VMZOO_SCAN_BACKEND', 'torch')
