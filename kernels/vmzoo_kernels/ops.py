@@ -141,13 +141,13 @@ def _autocast(device_type: str):
         def cast(v: Tensor | None, to: torch.dtype) -> Tensor | None:
             return v if v is None or v.dtype == torch.float64 else v.to(to)
 
-        # Only what flows is cast: the scan is sensitive to A, D and the dt bias.
+        # Only what flows is cast: the scan is sensitive to its parameters, and they are small.
         flowing = [cast(v, dtype) for v in (x, dt, B, C)]
-        kept = [cast(v, torch.float32) for v in (A, D)]
+        kept = [cast(v, torch.float32) for v in (A, D, dt_weight, dt_bias)]
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.vmzoo.scan(*flowing, *kept, cast(dt_weight, dtype), cast(dt_bias, torch.float32), *rest)
+            return torch.ops.vmzoo.scan(*flowing, *kept, *rest)
 
     return kernel
 
@@ -213,8 +213,8 @@ def route_scan(
     Along each route ``delta = softplus(dt_weight @ dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``
     and ``y_t = C_t · h_t + D x_t``; then the outputs go back to their positions and are summed (VMamba's SS2D, arXiv
     2401.10166, without expanding its inputs K times). The projections are pointwise, so they are given per position,
-    not per route step. State, softplus, exp and sums are float32, or float64 for float64 inputs. Under autocast ``x``,
-    ``x_dbl`` and ``dt_weight`` take the autocast dtype and the rest float32.
+    not per route step. State, softplus, exp and sums are float32, or float64 for float64 inputs. Under autocast ``x``
+    and ``x_dbl`` take the autocast dtype and the parameters float32.
 
     Args:
         x: [B, L, D], the map flattened row-major and shared by all routes, or [B, L, K, D], one map a route.
