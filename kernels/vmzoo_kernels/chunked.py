@@ -11,6 +11,7 @@ that sums over routes on the way, in a fixed order, and on a CPU many times fast
 """
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,16 +37,21 @@ class _Lanes(NamedTuple):
     reader: Tensor  # [L, K] step of the route that reads each position, counted over its T·M; -1 for none
     writer: Tensor
     num_sequences: int
-    plain: bool  # every route reads and writes every position once, in the same place
+    complete: bool  # every route reads and writes every position once
 
 
-_CACHE = WeakIdKeyDictionary()  # by gather table, which calls share
+_CACHE = WeakIdKeyDictionary()  # by gather table, which calls share; its entries keep no table alive
+
+
+def _version(table: Tensor) -> int | None:
+    return None if table.is_inference() else table._version
 
 
 def _lanes(gather: Tensor, merge: Tensor, num_positions: int, complete: bool) -> _Lanes:
-    cached = _CACHE.get(gather)
-    if cached is not None and cached[0] is merge:
-        return cached[1]
+    key = (num_positions, complete, _version(gather), _version(merge))
+    merge_ref, cached_key, cached = _CACHE.get(gather, (None, None, None))
+    if cached_key == key and merge_ref() is merge:
+        return cached
     steps = gather.shape[-1]
     length = max(1, math.isqrt(steps))
     chunks = -(-steps // length)
@@ -74,9 +80,9 @@ def _lanes(gather: Tensor, merge: Tensor, num_positions: int, complete: bool) ->
         reader=invert(read),
         writer=invert(written),
         num_sequences=gather.shape[1],
-        plain=complete and merge is gather,
+        complete=complete,
     )
-    _CACHE[gather] = (merge, lanes)
+    _CACHE[gather] = (weakref.ref(merge), key, lanes)
     return lanes
 
 
@@ -139,15 +145,16 @@ def _blocks(in_lanes: Tensor, lanes: _Lanes) -> Iterator[_Block]:
 def _put_back(y: Tensor, steps: Tensor, lanes: _Lanes, reduce: bool) -> Tensor:
     """[B, K, T, M, F] to the positions given by steps [L, K]: [B, L, F] summed over routes, or [B, L, K, F]."""
     batch, num_routes, features = y.shape[0], y.shape[1], y.shape[-1]
-    starts = y[0, 0, ..., 0].numel() * torch.arange(batch * num_routes, device=y.device).view(batch, 1, num_routes)
+    lanes_steps = y.shape[2] * y.shape[3]
+    starts = lanes_steps * torch.arange(batch * num_routes, device=y.device).view(batch, 1, num_routes)
     index = steps.clamp(min=0) + starts  # [B, L, K]
     rows = y.reshape(-1, features)
-    if not reduce:
-        out = _pick(rows, index)
-        return out if lanes.plain else out.masked_fill_((steps < 0).unsqueeze(-1), 0.0)
-    weights = None if lanes.plain else (steps >= 0).to(y.dtype).expand_as(index).reshape(-1, num_routes)
-    out = F.embedding_bag(index.view(-1, num_routes), rows, mode='sum', per_sample_weights=weights)
-    return out.view(batch, -1, features)
+    if reduce and lanes.complete:
+        return F.embedding_bag(index.view(-1, num_routes), rows, mode='sum').view(batch, len(steps), features)
+    out = _pick(rows, index)
+    if not lanes.complete:  # by a mask, not by a weight of zero: 0 * NaN would reach where no route goes
+        out = out.masked_fill_((steps < 0).unsqueeze(-1), 0.0)
+    return out.sum(2) if reduce else out
 
 
 def _decay(delta: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:

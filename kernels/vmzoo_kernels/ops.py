@@ -8,6 +8,7 @@ and FLOP formula are registered once, for both.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
@@ -193,7 +194,12 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> 
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    """Whether gradients may be asked for; refuses forward-mode ones, which torch would silently drop."""
+    given = [v for v in tensors if v is not None]
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward_mode and any(forward_ad.unpack_dual(v).tangent is not None for v in given):
+        raise RuntimeError('the selective scan has no forward-mode derivative (jvp): use backward()')
+    return torch.is_grad_enabled() and any(v.requires_grad for v in given)
 
 
 def route_scan(
@@ -233,8 +239,9 @@ def route_scan(
         [B, L, D], or [B, L, K, D] if not ``merge``, in row-major positions.
 
     Raises:
-        ValueError: Shapes that do not fit together.
-        RuntimeError: A backend asked for by name that cannot run here.
+        ValueError: Shapes that do not fit together, or routes on another device.
+        TypeError: Complex or integer tensors.
+        RuntimeError: A backend asked for by name that cannot run here, or forward-mode differentiation.
     """
     num_routes, dim, rank = dt_weight.shape if dt_weight.ndim == 3 else (-1, -1, -1)
     d_state = A.shape[-1]
@@ -248,6 +255,10 @@ def route_scan(
             f'{routes.num_routes} routes over {routes.num_positions} positions do not fit parameters for {num_routes} '
             f'routes and an input of {x.shape[1]} positions'
         )
+    if routes.gather.device != x.device:
+        raise ValueError(
+            f'routes are on {routes.gather.device}, x is on {x.device}: make them with get_routes(..., device=x.device)'
+        )
     length = x.shape[1]
     shape, meaning = (
         ((batch, length, dim), '[B, L, D]') if x.ndim == 3 else ((batch, length, num_routes, dim), '[B, L, K, D]')
@@ -256,6 +267,7 @@ def route_scan(
     _expect('x_dbl', x_dbl, (batch, length, num_routes, rank + 2 * d_state), '[B, L, K, R + 2N]')
     _expect('A', A, (num_routes, dim, d_state), '[K, D, N]')
     _expect('D', D, (num_routes, dim), '[K, D]')
+    _expect('dt_weight', dt_weight, (num_routes, dim, rank), '[K, D, R]')
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
     dt, B, C = x_dbl.split([rank, d_state, d_state], dim=-1)
     return torch.ops.vmzoo.scan(
@@ -338,8 +350,9 @@ def selective_scan(
         y [B, D, L] in the dtype of ``u``; with ``return_last_state`` also the state [B, D, N] in float32.
 
     Raises:
-        ValueError: Shapes that do not fit together.
+        ValueError: Shapes that do not fit together, or an empty sequence.
         TypeError: Complex or integer tensors.
+        RuntimeError: A backend asked for by name that cannot run here, or forward-mode differentiation.
     """
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(f'u should be [B, D, L] and A [D, N], got {tuple(u.shape)} and {tuple(A.shape)}')
@@ -366,7 +379,7 @@ def selective_scan(
         return v.contiguous() if backend == 'triton' else v
 
     order = get_routes('forward', 1, length, device=u.device)
-    table = order.gather.expand(groups, 1, length)
+    table = order.gather if groups == 1 else order.gather.expand(groups, 1, length)
     y, last, _ = torch.ops.vmzoo.scan(
         channels(u),
         channels(delta),
@@ -387,5 +400,5 @@ def selective_scan(
     )
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     if z is not None:
-        y = y * torch.nn.functional.silu(z)
+        y = (y * torch.nn.functional.silu(z)).to(y.dtype)
     return (y, last.flatten(1, 3)) if return_last_state else y

@@ -5,6 +5,7 @@ row-major (``p = h * W + w``). Operators take a set of K routes as two tables, s
 kernel: it is a function here, or a table given to :func:`routes_from_table`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Routes(NamedTuple):
         merge: [K, S, T] int32; the position that receives each step's output, -1 for nowhere. The same tensor as
             ``gather`` except for scans that put their outputs elsewhere than they read.
         num_positions: L.
-        complete: whether every route writes every position exactly once.
+        complete: whether every route reads and writes every position, exactly once each.
     """
 
     gather: Tensor
@@ -95,13 +96,17 @@ _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'cascade_rows': _cascade_rows,
     'cascade_cols': _cascade_cols,
 }
-_CACHE: dict[tuple[str, int, int, torch.device], Routes] = {}
-_CACHE_SIZE = 512
 
 
 def route_names() -> list[str]:
     """Names that :func:`get_routes` accepts."""
     return sorted(_BUILDERS)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached(name: str, height: int, width: int, device: torch.device) -> Routes:
+    with torch.inference_mode(False):  # an inference tensor could not be used for training later
+        return _BUILDERS[name](_positions(height, width, device))
 
 
 def _cacheable(device: torch.device) -> bool:
@@ -139,13 +144,9 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     device = torch.device(device if device is not None else 'cpu')
     if not _cacheable(device):
         return _BUILDERS[name](_positions(height, width, device))
-    key = (name, height, width, device)
-    if key not in _CACHE:
-        if len(_CACHE) >= _CACHE_SIZE:
-            _CACHE.pop(next(iter(_CACHE)))
-        with torch.inference_mode(False):  # an inference tensor could not be used for training later
-            _CACHE[key] = _BUILDERS[name](_positions(height, width, device))
-    return _CACHE[key]
+    if device.type == 'cuda' and device.index is None:  # of several GPUs, the current one
+        device = torch.device('cuda', torch.cuda.current_device())
+    return _cached(name, height, width, device)
 
 
 def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None = None) -> Routes:
@@ -160,7 +161,7 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
         The routes, with int32 tables.
 
     Raises:
-        ValueError: Wrong shape, a position out of range, or one that a route writes twice.
+        ValueError: Wrong shape, a position out of range, or one that a route reads or writes twice.
     """
     merge = gather if merge is None else merge
     if gather.ndim == 2:
@@ -177,11 +178,12 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
                 f'allowed are 0 to {num_positions - 1}, and -1 for padding'
             )
     complete = True
-    for k, row in enumerate(merge.flatten(1)):
-        count = torch.bincount(row[row >= 0].long(), minlength=num_positions)
-        if count.max() > 1:
-            raise ValueError(f'route {k} writes position {int(count.argmax())} {int(count.max())} times')
-        complete = complete and bool((count == 1).all()) and row.numel() == num_positions
+    for verb, table in (('reads', gather), ('writes', merge)):
+        for k, row in enumerate(table.flatten(1)):
+            count = torch.bincount(row[row >= 0].long(), minlength=num_positions)
+            if count.max() > 1:
+                raise ValueError(f'route {k} {verb} position {int(count.argmax())} {int(count.max())} times')
+            complete = complete and bool((count == 1).all()) and row.numel() == num_positions
     tables = (gather.to(torch.int32).contiguous(), merge.to(torch.int32).contiguous())
     return Routes(*tables, num_positions, complete)
 

@@ -614,14 +614,14 @@ def _wide(*tensors: Tensor) -> bool:
 class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
-    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus, backward):
+    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus, dy=None):
         acc = compute_dtype(x.dtype)
         self.acc = acc
         self.x, self.dt, self.B, self.C = x, dt, B, C
         self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
         self.gather, self.merge = (v if v[0].is_contiguous() else v.contiguous() for v in (gather, merge))
         self.rank = 0 if weight is None else weight.shape[-1]
-        self.plan = plan = _plan(x, A, gather, backward)
+        self.plan = plan = _plan(x, A, gather, backward=dy is not None)
         self.batch, (self.num_routes, self.num_sequences, self.steps) = x.shape[0], gather.shape
         self.dim, self.d_state = A.shape[1:]
         self.params = (self.A, self._or_dummy(self.D), self._or_dummy(self.weight), self._or_dummy(self.bias))
@@ -637,7 +637,8 @@ class _Scan:
             'HAS_D': D is not None,
             'HAS_BIAS': bias is not None,
             'VEC': plan.vec,
-            'WIDE': _wide(x, dt, B, C) or gather.numel() * self.dim >= 2**31,
+            'WIDE': _wide(x, dt, B, C, x if dy is None else dy)
+            or gather.numel() * max(self.dim, self.rank + 2 * self.d_state) >= 2**31,
             'SOFTPLUS': softplus,
             # 'ieee' keeps float32 exact; tf32 holds every float16 and bfloat16 value that it multiplies
             'PRECISION': 'ieee' if dt.dtype in (torch.float32, torch.float64) else 'tf32',
@@ -714,7 +715,7 @@ def forward(
     states: Tensor,
 ) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, backward=False)
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
     parts = out
     if out.ndim == 3 and scan.num_routes > 1:
         # float32, so that the result is rounded once
@@ -783,7 +784,7 @@ def backward(
     softplus: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, backward=True)
+    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, dy)
     plan, acc, rank = scan.plan, scan.acc, scan.rank
     batch, num_routes, dim, d_state, positions = scan.batch, scan.num_routes, scan.dim, scan.d_state, x.shape[1]
 

@@ -1,6 +1,8 @@
 """The fused 2D scan: every backend against the reference, and how it behaves inside torch."""
 
+import gc
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,7 +38,13 @@ def windows(height: int, width: int) -> Routes:
     return routes_from_table(table, height * width)
 
 
-CUSTOM = {'atrous': atrous, 'windows': windows}
+def shifted(height: int, width: int) -> Routes:
+    """Each output goes to the position after the one that was read: a zero goes in first, the last input is unread."""
+    pos = torch.arange(height * width)
+    return routes_from_table((pos - 1)[None], height * width, pos[None])
+
+
+CUSTOM = {'atrous': atrous, 'windows': windows, 'shifted': shifted}
 
 
 def make(size, dim, d_state, rank, routes, per_route=False, batch=2, dtype=torch.float64, device='cpu'):
@@ -71,7 +79,7 @@ def error(got, want):
 
 
 SIZES = [(1, 1), (1, 8), (7, 1), (2, 31), (7, 7), (8, 33), (31, 7), (33, 31), (56, 8), (97, 2)]
-ROUTES = ['cross', 'rotate', 'cascade_rows', 'cascade_cols', 'atrous', 'windows', 'forward_backward']
+ROUTES = ['cross', 'rotate', 'cascade_rows', 'cascade_cols', 'forward_backward', *CUSTOM]
 
 
 @pytest.mark.parametrize('size', [s for s in SIZES if s[0] * s[1] < 500], ids=str)
@@ -106,7 +114,10 @@ def test_every_kind_of_route_in_the_kernels(routes, merge, device):
 
 @pytest.mark.skipif(GPU, reason='the interpreter is for machines without a GPU')
 @pytest.mark.parametrize(
-    'size, dim, d_state, rank', [((1, 1), 3, 1, 1), ((8, 8), 9, 1, 3), ((7, 5), 4, 4, 2), ((33, 31), 2, 1, 1)], ids=str
+    # one step; blocks of channels; several states; segments, of which the last is shorter
+    'size, dim, d_state, rank',
+    [((1, 1), 3, 1, 1), ((6, 6), 9, 1, 3), ((7, 5), 4, 3, 2), ((17, 17), 2, 1, 1)],
+    ids=str,
 )
 def test_triton_interpreted_is_the_reference(size, dim, d_state, rank):
     inputs, routes = make(size, dim, d_state, rank, 'forward_backward', batch=1)
@@ -119,14 +130,15 @@ GPU_GRID = [
     (size, dim, d_state)
     for size, (dim, d_state) in itertools.product(SIZES + [(56, 56)], [(96, 1), (64, 1), (20, 4), (36, 8), (40, 16)])
 ]
-CPU_GRID = [((1, 1), 6, 1), ((5, 8), 12, 1), ((3, 7), 5, 4), ((2, 3), 3, 16)]
+CPU_GRID = [((1, 1), 6, 1), ((5, 8), 6, 1), ((3, 7), 3, 4)]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize('size, dim, d_state', GPU_GRID if GPU else CPU_GRID, ids=str)
 def test_error_within_twice_that_of_plain_torch(size, dim, d_state, dtype, device):
     """Against float64: outputs at most 2x, gradients at most 3x the error of the torch backend in the same dtype."""
-    inputs, routes = make(size, dim, d_state, max(1, dim // 16), 'cross', device=device)
+    batch, routes = (2, 'cross') if GPU else (1, 'forward_backward')
+    inputs, routes = make(size, dim, d_state, max(1, dim // 16), routes, batch=batch, device=device)
     low = {name: v if name in ('A', 'D', 'dt_bias') else v.to(dtype).double() for name, v in inputs.items()}
     exact, weight = value_and_grads(route_scan, low, routes, backend='torch')
 
@@ -146,7 +158,7 @@ def test_error_within_twice_that_of_plain_torch(size, dim, d_state, dtype, devic
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_strided_and_channels_last_inputs(backend, device):
-    inputs, routes = make((5, 6), 6, 2, 2, 'cross', dtype=torch.float32, device=device)
+    inputs, routes = make((3, 4), 6, 2, 2, 'forward_backward', dtype=torch.float32, device=device)
     want, weight = value_and_grads(route_scan, inputs, routes, backend=backend)
     strided = {name: v.transpose(0, -1).contiguous().transpose(0, -1) for name, v in inputs.items()}
     assert not strided['x'].is_contiguous()
@@ -156,9 +168,10 @@ def test_strided_and_channels_last_inputs(backend, device):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_repeats_bit_for_bit(backend, device):
-    inputs, routes = make((9, 6), 6, 1, 2, 'cross', dtype=torch.float32, device=device)
+    # several channel blocks, tiles, routes and batch items: all that is summed
+    inputs, routes = make((9, 4), 6, 1, 2, 'forward_backward', dtype=torch.float32, device=device)
     first, weight = value_and_grads(route_scan, inputs, routes, backend=backend)
-    for _ in range(3):
+    for _ in range(3 if GPU else 1):
         again, _ = value_and_grads(route_scan, inputs, routes, weight, backend=backend)
         assert all(torch.equal(again[key], first[key]) for key in first)
 
@@ -175,6 +188,18 @@ def test_non_finite_values_reach_what_follows_them_and_nothing_else(backend, bad
     assert torch.equal(nonfinite[0, :, 1, 1], torch.arange(20, device=device) <= 7)
     nonfinite[0, :, :, 1] = False
     assert not nonfinite.any()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('routes', ['atrous', 'windows'])
+def test_non_finite_values_go_where_the_definition_puts_them(backend, routes, device):
+    inputs, routes = make((3, 4), 2, 1, 1, routes, batch=1, dtype=torch.float32, device=device)
+    for name, bad in itertools.product(('x', 'x_dbl'), (torch.nan, torch.inf, -torch.inf)):
+        broken = {**inputs, name: inputs[name].clone()}
+        broken[name][0, 0] = bad
+        want = route_scan_reference(**broken, routes=routes)
+        got = route_scan(**broken, routes=routes, backend=backend)
+        assert torch.equal(torch.isfinite(got), torch.isfinite(want)), (name, bad)
 
 
 def test_gradcheck():
@@ -252,8 +277,9 @@ def test_float16_sums_can_be_asked_for_in_float32(device):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_empty_batch(backend, device):
-    inputs, routes = make((3, 3), 4, 2, 1, 'cross', batch=0, dtype=torch.float32, device=device)
+@pytest.mark.parametrize('routes', ['cross', 'atrous'])
+def test_empty_batch(backend, routes, device):
+    inputs, routes = make((3, 3), 4, 2, 1, routes, batch=0, dtype=torch.float32, device=device)
     got, _ = value_and_grads(route_scan, inputs, routes, backend=backend)
     assert got['y'].shape == (0, 9, 4) and (got['dA'] == 0).all() and (got['ddt_weight'] == 0).all()
 
@@ -268,6 +294,18 @@ def test_offsets_beyond_31_bits():
     assert far.stride(1) * 5 > 2**31
     got, _ = value_and_grads(route_scan, {**inputs, 'x': far}, routes, weight, backend='triton')
     assert all(error(got[key], want[key]) < 1e-6 for key in want)
+
+
+@pytest.mark.parametrize('far', ['x', 'dy', None])
+def test_offsets_are_64_bit_where_31_may_not_do(far):
+    from vmzoo_kernels import triton_scan
+
+    inputs, routes = make((2, 3), 8, 1, 1, 'cross', batch=1, device='meta')
+    distant = torch.empty_strided((1, 6, 8), (6 * 2**29, 2**29, 1), device='meta', dtype=torch.float64)
+    x = distant if far == 'x' else inputs['x']
+    _, *others = scan_arguments(inputs, routes, 'triton')
+    scan = triton_scan._Scan(x, *others[:9], True, distant if far == 'dy' else inputs['x'])
+    assert scan.constants['WIDE'] == (far is not None)
 
 
 @pytest.mark.skipif(not GPU, reason='counts compilations')
@@ -285,6 +323,87 @@ def test_no_new_compilation_for_another_size():
         value_and_grads(route_scan, inputs, routes, backend='triton')
         counts.append(compiled())
     assert counts[2:] == counts[1:2] * 3
+
+
+def test_tables_are_not_kept_alive():
+    """A table made for one call, as under torch.compile, leaves nothing behind."""
+    before = len(chunked._CACHE)
+    for _ in range(3):
+        inputs, routes = make((3, 4), 2, 1, 1, 'atrous', batch=1)
+        route_scan(**inputs, routes=routes)
+        del routes
+    gc.collect()
+    assert len(chunked._CACHE) <= before
+
+
+def test_what_is_known_of_a_table_follows_it():
+    inputs, routes = make((2, 3), 2, 1, 1, 'forward')
+    routes = routes_from_table(routes.gather.clone(), 6)  # its own table, not the shared one
+    for _ in range(2):
+        got, want = (f(**inputs, routes=routes) for f in (route_scan, route_scan_reference))
+        assert error(got, want) < 1e-12
+        routes.gather.copy_(routes.gather.flip(-1))
+    inputs, _ = make((3, 3), 2, 1, 1, 'forward')
+    wider = routes._replace(num_positions=9, complete=False)
+    got, want = (f(**inputs, routes=wider) for f in (route_scan, route_scan_reference))
+    assert error(got, want) < 1e-12
+
+
+def test_threads():
+    inputs, _ = make((5, 7), 4, 1, 2, 'cross')
+
+    def call(i):
+        size = [(5, 7), (7, 5), (1, 35), (35, 1)][i % 4]
+        return route_scan(**inputs, routes=get_routes('cross', *size))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, range(32)))
+    assert all(torch.equal(y, call(i)) for i, y in enumerate(results))
+
+
+def test_inference_then_training():
+    routes = get_routes('cross', 3, 13)
+    inputs, _ = make((3, 13), 4, 1, 2, 'cross')
+    with torch.inference_mode():
+        want = route_scan(**inputs, routes=routes)
+    got, _ = value_and_grads(route_scan, inputs, routes)
+    assert torch.equal(got['y'], want)
+
+
+@pytest.mark.parametrize('x_dtype', [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_inputs_and_parameters_of_different_dtypes(x_dtype, dtype):
+    """The dtype of x decides that of the result; every gradient has its tensor's own."""
+    inputs, routes = make((3, 4), 4, 2, 2, 'cross', dtype=dtype)
+    want, weight = value_and_grads(route_scan, inputs, routes)
+    inputs['x'] = inputs['x'].to(x_dtype)
+    got, _ = value_and_grads(route_scan, inputs, routes, weight)
+    assert got['y'].dtype == got['dx'].dtype == x_dtype
+    assert all(got[f'd{name}'].dtype == dtype for name in NAMES if name != 'x')
+    assert all(error(got[key], want[key]) < (2e-3 if x_dtype == torch.float16 else 1e-5) for key in want)
+
+
+def test_vmap_and_the_derivatives_there_are_not():
+    inputs, routes = make((2, 3), 2, 1, 1, 'cross')
+    x = torch.stack((inputs['x'], 2 * inputs['x']))
+
+    def scan(x):
+        return route_scan(**{**inputs, 'x': x}, routes=routes)
+
+    torch.testing.assert_close(torch.vmap(scan)(x), torch.stack([scan(v) for v in x]))
+    with pytest.raises(RuntimeError, match='forward-mode'):
+        torch.func.jvp(scan, (inputs['x'],), (inputs['x'],))
+    x = inputs['x'].requires_grad_()
+    (grad,) = torch.autograd.grad(scan(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='no autograd formula'):
+        grad.sum().backward()
+
+
+def test_routes_on_another_device():
+    inputs, routes = make((2, 3), 2, 1, 1, 'cross')
+    routes = routes._replace(gather=routes.gather.to('meta'), merge=routes.merge.to('meta'))
+    with pytest.raises(ValueError, match=r'routes are on meta, x is on cpu.*device=x\.device'):
+        route_scan(**inputs, routes=routes)
 
 
 def test_meta_tensors():

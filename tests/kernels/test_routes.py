@@ -97,7 +97,7 @@ def test_custom_table_with_padding():
 @pytest.mark.parametrize(
     'table, message',
     [
-        (torch.tensor([[0, 1, 1]]), 'writes position 1 2 times'),
+        (torch.tensor([[0, 1, 1]]), 'reads position 1 2 times'),
         (torch.tensor([[0, 1, 3]]), 'allowed are 0 to 2'),
         (torch.tensor([[-2, 1, 2]]), 'positions from -2'),
         (torch.tensor([[0.0, 1.0, 2.0]]), 'integers'),
@@ -107,6 +107,20 @@ def test_custom_table_with_padding():
 def test_bad_tables_are_refused(table, message):
     with pytest.raises(ValueError, match=message):
         routes_from_table(table, 3)
+
+
+def test_bad_merge_tables_are_refused():
+    gather = torch.tensor([[0, 1, 2]])
+    with pytest.raises(ValueError, match='route 0 writes position 1 2 times'):
+        routes_from_table(gather, 3, torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match='same for gather and merge'):
+        routes_from_table(gather, 3, torch.tensor([[0, 1]]))
+
+
+def test_complete_means_that_all_is_read_and_written():
+    every, part = torch.tensor([[2, 0, 1]]), torch.tensor([[-1, 0, 1]])
+    tables = [(every, every), (every, part), (part, every), (part, part)]
+    assert [routes_from_table(g, 3, m).complete for g, m in tables] == [True, False, False, False]
 
 
 def test_unknown_name_and_empty_map():
