@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 import re
 
 import pytest
@@ -99,6 +100,13 @@ def test_samples_of_a_batch_are_independent(name):
         whole = model(x)
         single = model(x[1:2])
     assert_equal([t[1:2] for t in tensors(whole)], single, rtol=1e-9, atol=1e-9)
+
+
+@every_model
+def test_empty_batch(name):
+    model = small(name).eval()
+    with torch.no_grad():
+        assert [len(t) for t in tensors(model(image(0)))] == [0] * len(tensors(model(image(1))))
 
 
 @every_model
@@ -217,15 +225,46 @@ def test_reset_classifier(name):
     assert model(image()).shape == (2, 7)
     assert model.get_classifier().weight.shape[0] == 7
 
-    model.train(False).to('meta', torch.float64).reset_classifier(5)
-    classifier = model.get_classifier()
-    assert classifier.weight.device.type == 'meta'
-    assert classifier.weight.dtype == torch.float64
-    assert not any(module.training for module in model.modules())
+    for training in (False, True):
+        model.train(training).to('meta', torch.float64).reset_classifier(5)
+        classifier = model.get_classifier()
+        assert classifier.weight.device.type == 'meta'
+        assert classifier.weight.dtype == torch.float64
+        assert {module.training for module in model.modules()} == {training}
 
-    frozen = small(name).requires_grad_(False)
-    frozen.reset_classifier(0, '')
-    assert not any(p.requires_grad for p in frozen.parameters())
+    for pool in ((), ('',)):
+        frozen = small(name).requires_grad_(False)
+        frozen.reset_classifier(0, *pool)
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@every_classifier
+def test_a_new_classifier_keeps_the_pooling(name):
+    pool = 'max' if family(name) == 'vmamba' else 'avg'  # not the default
+    model = small(name, global_pool=pool).eval()
+    x = image()
+    with torch.no_grad():
+        want = model.forward_head(model.forward_features(x), pre_logits=True)
+        model.reset_classifier(3)
+        model.reset_classifier(0)
+        assert_equal(model(x), want)
+
+
+@one_of_each_family
+@pytest.mark.parametrize('options', [{'in_chans': 1, 'num_classes': 5}, {'num_classes': 0}, {'features_only': True}])
+def test_pretrained_with_other_ends(name, options, tmp_path):
+    """Every weight but the stem's and the classifier's is the file's."""
+    source = small(name)
+    torch.save({'model': source.state_dict()}, tmp_path / 'weights.pth')
+    overlay = {'file': str(tmp_path / 'weights.pth')}
+    model = small(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    model = model.model if 'features_only' in options else model
+    state = source.state_dict()
+    cfg = timm.get_pretrained_cfg(name)
+    ends = ([cfg.first_conv] if 'in_chans' in options else []) + ([cfg.classifier] if 'num_classes' in options else [])
+    same = {key: value for key, value in model.state_dict().items() if key.rpartition('.')[0] not in ends}
+    assert len(same) > len(state) // 2
+    assert all(torch.equal(value, state[key]) for key, value in same.items())
 
 
 @every_model
@@ -294,13 +333,13 @@ def test_a_tiny_image_works_or_is_refused_clearly(name):
 @every_model
 def test_a_copy_is_equal_and_separate(name):
     model = small(name).eval()
-    other = copy.deepcopy(model)
     x = image()
     with torch.no_grad():
         want = model(x)
-        assert_equal(other(x), want, rtol=0, atol=0)
-        next(other.parameters()).add_(1)
-        assert_equal(model(x), want, rtol=0, atol=0)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_equal(other(x), want, rtol=0, atol=0)
+            next(other.parameters()).add_(1)
+            assert_equal(model(x), want, rtol=0, atol=0)
 
 
 @every_model

@@ -14,7 +14,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     on AMD processors twice as fast as the BLAS library behind ``F.linear``, elsewhere about the same. Compilers and
     exporters see the plain linear layer, for which they have rules of their own.
     """
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or not _ONEDNN or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _ONEDNN or x.device.type != 'cpu' or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if x.numel() == 0:  # of which a convolution has no notion
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1]
     out = F.conv2d(rows, weight[:, :, None, None], bias)
