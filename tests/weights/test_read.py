@@ -7,6 +7,7 @@ import logging
 import pickle
 import random
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -218,6 +219,39 @@ def test_compressed_records_are_refused(tmp_path):
     write_zip(tmp_path / 'bomb.pth', storage_pickle(), storage=b'\0' * 100_000, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match='compressed'):
         read_checkpoint(tmp_path / 'bomb.pth')
+
+
+def repeated_calls(function, argument, count):
+    """A list of what `count` calls of one function with one shared argument return."""
+    call = b'h\x01h\x00\x85R'
+    return b'\x80\x02' + argument + b'q\x000' + function + b'q\x010}' + text('x') + b'](' + call * count + b'es.'
+
+
+@pytest.mark.parametrize(
+    'bomb',
+    [
+        b'\x80\x02}' + text('x') + b'cbuiltins\nbytearray\n(I200000000\ntRs.',
+        repeated_calls(b'cbuiltins\nlist\n', b'](' + b'K\x01' * 5000 + b'e', 5000),
+        repeated_calls(b'ccollections\nOrderedDict\n', b'](' + b'K\x01K\x01\x86' * 5000 + b'e', 5000),
+        repeated_calls(b'c_codecs\nencode\n', text('x' * 20000), 5000),
+        storage_pickle(size=(10**9, 4), stride=(0, 1)),
+    ],
+    ids=['number', 'lists', 'dicts', 'bytes', 'expanded'],
+)
+def test_small_file_cannot_fill_the_memory(tmp_path, bomb):
+    write_zip(tmp_path / 'bomb.pth', bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match='not a readable checkpoint'):
+            read_checkpoint(tmp_path / 'bomb.pth')
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_expanded_tensor_is_read(tmp_path):
+    torch.save({'w': torch.arange(3.0).expand(4, 3)}, tmp_path / 'expanded.pth')
+    assert read_checkpoint(tmp_path / 'expanded.pth')['w'].tolist() == [[0, 1, 2]] * 4
 
 
 def test_shared_and_cyclic_containers_end(tmp_path):

@@ -46,6 +46,11 @@ SCALARS = (str, bytes, int, float, type(None))
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 NO_EFFECT = {'PROTO', 'FRAME'}
 MARK = object()
+# How many elements may be copied for each byte of the file. Few are; a crafted file copies a long list many times.
+COPIES_PER_BYTE = 16
+SIZED = (str, bytes, list, tuple, dict, set)
+# Has the arguments (function, class, its arguments, state), of which what the function makes is enough.
+REBUILD_FROM_TYPE = 'torch._tensor._rebuild_from_type_v2'
 
 
 class HostilePickle(ValueError):
@@ -92,6 +97,18 @@ def interpret(file: BinaryIO) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    copied = 0
+
+    def construct(target: Any, args: Any) -> None:
+        nonlocal copied
+        if not isinstance(args, tuple):
+            raise TypeError('the arguments of a call are not a tuple')
+        if isinstance(target, Global) and target.name == REBUILD_FROM_TYPE:
+            return construct(args[0], args[2])
+        copied += sum(len(arg) for arg in args if isinstance(arg, SIZED))
+        if copied > COPIES_PER_BYTE * file.tell():
+            raise ValueError('it multiplies what it holds')
+        stack.append(_construct(target, args))
 
     def pop_to_mark() -> list[Any]:
         items = []
@@ -169,15 +186,15 @@ def interpret(file: BinaryIO) -> Any:
             stack.append(_global(module, attribute))
         elif name in ('REDUCE', 'NEWOBJ'):
             args, target = stack.pop(), stack.pop()
-            stack.append(_construct(target, args))
+            construct(target, args)
         elif name == 'NEWOBJ_EX':
             _, args, target = stack.pop(), stack.pop(), stack.pop()
-            stack.append(_construct(target, args))
+            construct(target, args)
         elif name == 'INST':
-            stack.append(_construct(_global(*arg.split(' ', 1)), tuple(pop_to_mark())))
+            construct(_global(*arg.split(' ', 1)), tuple(pop_to_mark()))
         elif name == 'OBJ':
             target, *args = pop_to_mark()
-            stack.append(_construct(target, tuple(args)))
+            construct(target, tuple(args))
         elif name == 'BUILD':
             # The state of an object that is not rebuilt, or attributes of a container (OrderedDict's _metadata).
             stack.pop()
@@ -229,10 +246,6 @@ def _first(value: Any, *rest: Any) -> Any:
     return value
 
 
-def _rebuild_from_type(function: Any, cls: Any, args: Any, *state: Any) -> Any:
-    return _construct(function, args)
-
-
 def _bytes(data: str | bytes = b'', encoding: str = 'latin1') -> bytes:
     return data.encode('latin1') if isinstance(data, str) else memoryview(data).tobytes()
 
@@ -253,11 +266,10 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     'torch._utils._rebuild_tensor_v3': _tensor_v3,
     'torch._utils._rebuild_parameter': _first,
     'torch._utils._rebuild_parameter_with_state': _first,
-    'torch._tensor._rebuild_from_type_v2': _rebuild_from_type,
     'torch.Size': tuple,
     'torch.device': _first,
     '_codecs.encode': _bytes,
-    'builtins.bytearray': bytes,
+    'builtins.bytearray': _bytes,
     'builtins.complex': complex,
     'builtins.dict': _dict,
     'builtins.frozenset': _scalar_set,
@@ -267,7 +279,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _construct(target: Any, args: Any) -> Any:
+def _construct(target: Any, args: tuple[Any, ...]) -> Any:
     if not isinstance(target, Global):
         return Opaque(getattr(target, 'name', type(target).__name__))
     if target.name in DICTS:
@@ -275,8 +287,6 @@ def _construct(target: Any, args: Any) -> Any:
         return _dict(args[-1]) if args and isinstance(args[-1], (list, dict)) else {}
     if target.name not in CONSTRUCTORS:
         return Opaque(target.name)
-    if not isinstance(args, tuple):
-        raise TypeError(f'the arguments of {target.name} are not a tuple')
     if any(isinstance(arg, Opaque) for arg in args[:1]):
         return args[0]
     return CONSTRUCTORS[target.name](*args)

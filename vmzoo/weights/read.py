@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import sys
 import zipfile
@@ -19,6 +20,8 @@ _logger = logging.getLogger(__name__)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Training state beside the weights: up to three times their size, and never needed to use them.
 TRAINING_STATE = ('optimizer', 'optimizer_state_dict', 'lr_scheduler', 'scheduler', 'scaler', 'param_schedulers')
+# Elements of a tensor that shows the same stored ones several times, as `expand` makes them.
+MAX_EXPANDED = 1 << 24
 MALFORMED = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError, OSError),
     *(zipfile.BadZipFile, MemoryError),
@@ -176,8 +179,10 @@ def _build(tree: Any, load_storage: LoadStorage) -> Any:
             key = node.storage.key
             if key not in storages:
                 storages[key] = load_storage(node.storage)
-            flat = storages[key]
-            result = flat.view(node.dtype).as_strided(node.size, node.stride, node.offset)
+            flat = storages[key].view(node.dtype)
+            if math.prod(node.size) > max(flat.numel(), MAX_EXPANDED):
+                raise ValueError(f'a tensor of size {node.size} repeats {flat.numel()} stored elements')
+            result = flat.as_strided(node.size, node.stride, node.offset)
         elif isinstance(node, dict):
             result = built[id(node)] = {}
             result.update((key, build(value)) for key, value in node.items() if keep(value))
