@@ -1,7 +1,11 @@
 """`vmzoo predict`: the numbers, the pictures and the errors."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +13,7 @@ from PIL import Image
 
 from vmzoo.cli.main import main
 from vmzoo.cli.predict import load_classifier, scan_of
+from vmzoo.images import read_image
 
 pytest.importorskip('matplotlib')
 DATA = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation='bicubic', crop_pct=1.0)
@@ -95,6 +100,23 @@ def test_a_model_that_does_not_scan_gets_no_routes():
     assert scan_of(timm.create_model('vmamba_nano')) == 'cross'
 
 
+def test_16_bit_greys_are_scaled(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for suffix in ('png', 'tiff'):
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f'deep.{suffix}')
+        assert (np.asarray(read_image(tmp_path / f'deep.{suffix}')) == grey[..., None]).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / 'float.tiff')
+    with pytest.raises(ValueError, match=r'cannot read the image .*float\.tiff.*no known range'):
+        read_image(tmp_path / 'float.tiff')
+
+
+def test_missing_matplotlib_is_named_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    assert main(['predict', '--checkpoint', str(tmp_path / 'not even looked for'), str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert 'matplotlib' in err and 'pip install "vmzoo[train]"' in err
+
+
 @pytest.mark.parametrize('content', [b'', b'no picture', 'truncated'])
 def test_broken_image_is_named(checkpoint, folder, tmp_path, capsys, content):
     good = (folder / 'a/0.png').read_bytes()
@@ -126,12 +148,6 @@ def test_errors(checkpoint, folder, tmp_path, capsys, arguments, message):
 
 def test_digits_as_files_give_the_tested_pixels(tmp_path):
     pytest.importorskip('mmengine')
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    import numpy as np
-
     from vmzoo.mm import DigitsDataset
 
     root = Path(__file__).parents[2]

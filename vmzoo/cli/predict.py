@@ -146,15 +146,8 @@ def scan_of(model: nn.Module) -> str | None:
 
 
 def draw(classifier: Classifier, predictions: list[Prediction], out: Path) -> list[Path]:
-    """Write the pictures and return their files.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from . import pictures
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib; run: pip install "vmzoo[train]"') from error
+    """Write the pictures and return their files."""
+    from . import pictures
 
     out.mkdir(parents=True, exist_ok=True)
     written = [pictures.draw_predictions(predictions, classifier.classes, out / 'predictions.png')]
@@ -189,6 +182,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, FileNotFoundError, ImportError, ValueError: See the functions above.
     """
+    try:
+        import matplotlib  # noqa: F401  asked for now, not after all images have been classified
+    except ModuleNotFoundError as error:
+        raise ImportError(f'drawing needs {error.name}; run: pip install "vmzoo[train]"') from error
     paths = list_images(args.images)
     classifier = load_classifier(args.model, args.checkpoint)
     predictions = predict(classifier, paths)
