@@ -56,7 +56,8 @@ def test_schedule_stretches_with_the_epochs():
 
 
 def test_options_are_python_values_or_strings():
-    assert parse_options(['a.b=1e-3', 'c=(3, 32)', 'd=adamw', 'e=None', 'f=x=y']) == {
+    known = dict.fromkeys('acdef')
+    assert parse_options(['a.b=1e-3', 'c=(3, 32)', 'd=adamw', 'e=None', 'f=x=y'], known) == {
         **{'a.b': 1e-3, 'c': (3, 32), 'd': 'adamw'},
         **{'e': None, 'f': 'x=y'},
     }

@@ -251,6 +251,7 @@ def test_file_that_is_no_image_is_named_at_once(train_folder, own_folder, capsys
         (lambda root: shutil.rmtree(root / 'train/cat'), 'at least two'),
         (lambda root: shutil.rmtree(root / 'val'), 'there is no folder'),
         (lambda root: (root / 'val/dog').mkdir(), 'is no class of'),
+        (lambda root: (root / 'train/dog').mkdir(), 'dog holds no image'),
     ],
 )
 def test_incomplete_folder(train_folder, own_folder, capsys, change, message):
@@ -270,7 +271,12 @@ def test_incomplete_folder(train_folder, own_folder, capsys, change, message):
         (['vmamba_nano_digits', '--epochs', '0'], 'at least 1'),
         (['vmamba_nano_digits', '--pretrained', 'nowhere.pth'], 'no file nowhere.pth'),
         (['vmamba_nano_digits', '--amp', 'float16'], 'bfloat16'),
+        (['--resume', 'vmamba_nano_digits', '--epochs', '0'], 'at least 1'),
         (['vmamba_nano_digits', '--cfg-options', 'oops'], 'key=value'),
+        (['vmamba_nano_digits', '--cfg-options', 'optim_wraper.clip_grad=None'], 'did you mean optim_wrapper'),
+        (['vmamba_nano_digits', '--cfg-options', 'model.smoothing=0.1'], "keyword argument 'smoothing'"),
+        (['vmamba_nano_digits', '--cfg-options', 'train_dataloader.dataset.crop=1'], "keyword argument 'crop'"),
+        (['vmamba_nano_digits', '--cfg-options', 'model.type=Classifier'], 'Classifier is not in the'),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, message):
@@ -280,10 +286,17 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_missing_extra_says_what_to_install():
-    code = "import sys; sys.modules['mmengine'] = None; from vmzoo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+@pytest.mark.parametrize('module', ['mmengine', 'cv2', 'matplotlib', 'sklearn', 'tensorboard'])
+def test_missing_extra_says_what_to_install(module):
+    code = (
+        'import sys, torch._dynamo\n'  # which asks whether scikit-learn is there
+        f'sys.modules[{module!r}] = None\n'
+        'from vmzoo.cli.main import main\n'
+        'sys.exit(main(sys.argv[1:]))'
+    )
     result = subprocess.run(
         [sys.executable, '-c', code, 'train', 'vmamba_nano_digits'], env=ENV, capture_output=True, text=True
     )
     assert result.returncode == 1
+    assert f'training needs {module}' in result.stderr
     assert 'pip install "vmzoo[train]"' in result.stderr and 'Traceback' not in result.stderr

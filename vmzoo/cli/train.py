@@ -1,6 +1,7 @@
 """`vmzoo train`: train a classifier from a config. Also runs under torchrun, as tools/train.py."""
 
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--epochs', type=int, metavar='N', help='length of the training; the schedule is stretched to it'
     )
     parser.add_argument('--work-dir', metavar='DIR', help='where checkpoints and logs go (default: work_dirs/<config>)')
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        choices=['auto'],
-        help="go on from the work folder's last.pth, if there is one",
-    )
+    parser.add_argument('--resume', action='store_true', help="go on from the work folder's last.pth, if there is one")
     parser.add_argument(
         '--amp',
         nargs='?',
@@ -84,10 +79,27 @@ def load_config(args: argparse.Namespace):
         cfg.custom_hooks.append(dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.002, gamma=10))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or f'work_dirs/{path.stem}'
-    cfg.merge_from_dict(parse_options(args.cfg_options))
+    cfg.merge_from_dict(parse_options(args.cfg_options, cfg))
     return complete(cfg)
 
 
+@contextmanager
+def explained_options():
+    """Tell a wrong setting in a config, which Python or a registry found out, from an error in the program.
+
+    Raises:
+        ValueError: An option, or the type of a part, is unknown.
+    """
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        message = str(error.args[0]) if error.args else ''
+        if 'unexpected keyword argument' not in message and 'is not in the' not in message:
+            raise
+        raise ValueError(f'the config does not fit: {message}') from error
+
+
+@explained_options()
 def run(args: argparse.Namespace) -> int:
     """Train, then measure the best checkpoint on the test set.
 

@@ -4,10 +4,16 @@ Importing it registers the classes below in mmengine's root registries, so that 
 ``custom_imports = dict(imports=['vmzoo.mm'])``. Classification needs mmengine alone, never mmcv.
 """
 
-try:
+try:  # some of these are needed only later, which is late to say so
+    import cv2  # noqa: F401
+    import matplotlib  # noqa: F401
     import mmengine  # noqa: F401
-except ImportError as error:
-    raise ImportError('training needs mmengine, which is not installed; run: pip install "vmzoo[train]"') from error
+    import sklearn  # noqa: F401
+    import tensorboard  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f'training needs {error.name}, which is not installed; run: pip install "vmzoo[train]"'
+    ) from error
 
 import vmzoo  # noqa: F401  registers the models with timm
 

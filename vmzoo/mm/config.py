@@ -3,12 +3,14 @@
 import ast
 import copy
 import difflib
+import inspect
 import os
 from pathlib import Path
 
 import timm
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 from timm.data import resolve_data_config
 
 import vmzoo
@@ -43,17 +45,23 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(f'there is no config {name}; give a file, or one of: {", ".join(shipped)}')
 
 
-def parse_options(pairs: list[str]) -> dict:
+def parse_options(pairs: list[str], cfg: Config) -> dict:
     """Read `key.subkey=value` pairs; values are Python literals, or else strings.
 
     Raises:
-        ValueError: A pair has no equals sign.
+        ValueError: A pair has no equals sign, or changes what neither the config nor mmengine's Runner knows.
     """
+    known = {*cfg, *inspect.signature(Runner).parameters, 'find_unused_parameters', 'model_wrapper_cfg'}
     options = {}
     for pair in pairs:
         key, sign, value = pair.partition('=')
         if not (key and sign):
             raise ValueError(f'--cfg-options takes key=value pairs, not {pair!r}')
+        top = key.partition('.')[0]
+        if top not in known:
+            close = difflib.get_close_matches(top, known, n=1)
+            hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(sorted(cfg))}'
+            raise ValueError(f'--cfg-options {pair}: the config has no {top}; {hint}')
         try:
             options[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):

@@ -110,6 +110,7 @@ class ImageFolderDataset(Dataset):
             raise FileNotFoundError(f'there is no folder {wanted}; put the {split} images in {wanted}/<class>/*.jpg')
         samples = []
         for folder in sorted(p for p in folders[0].iterdir() if p.is_dir() and not p.name.startswith('.')):
+            before = len(samples)
             if folder.name not in self.classes:
                 raise ValueError(f'{folder} is no class of {root / "train"}; its classes are {", ".join(self.classes)}')
             for path in sorted(folder.rglob('*')):
@@ -123,6 +124,8 @@ class ImageFolderDataset(Dataset):
                         f'{path} is not an image (known are {", ".join(IMAGE_SUFFIXES)}); '
                         'remove it, or train with --skip-broken'
                     )
+            if split == 'train' and len(samples) == before:
+                raise FileNotFoundError(f'{folder} holds no image; put images of that class there, or remove it')
         if not samples:
             raise FileNotFoundError(f'{folders[0]} holds no image')
         return samples
