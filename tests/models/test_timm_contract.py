@@ -253,6 +253,18 @@ def test_a_new_classifier_keeps_the_pooling(name):
         assert_equal(model(x), want)
 
 
+@every_classifier
+def test_a_refused_classifier_changes_nothing(name):
+    model = small(name).eval()
+    x = image()
+    with torch.no_grad():
+        want = model(x)
+        with pytest.raises(ValueError, match='pooled features'):
+            model.reset_classifier(5, '')
+        assert model.num_classes == model.default_cfg['num_classes']
+        assert_equal(model(x), want)
+
+
 @one_of_each_family
 @pytest.mark.parametrize('options', [{'in_chans': 1, 'num_classes': 5}, {'num_classes': 0}, {'features_only': True}])
 def test_pretrained_with_other_ends(name, options, tmp_path):

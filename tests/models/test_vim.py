@@ -82,6 +82,13 @@ def test_set_input_size_keeps_the_parameters_state():
     assert model(torch.randn(1, 3, 96, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_a_refused_image_size_changes_nothing():
+    model = tiny()
+    with pytest.raises(ValueError, match='8x8 holds no patch'):
+        model.set_input_size(8)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
 def test_wrong_image_size_is_named():
     model = tiny()
     with pytest.raises(ValueError, match=r'built for images of 64x64, got 64x80.*dynamic_img_size'):
@@ -299,6 +306,7 @@ def test_pyramid_says_what_it_cannot_do():
         ({'global_pool': 'max'}, "got 'max'"),
         ({'global_pool': ''}, 'needs pooled features'),
         ({'norm_layer': 'batchnorm'}, "got 'batchnorm'"),
+        ({'d_state': 0}, 'd_state=0'),
         ({'rope': True, 'embed_dim': 30}, 'multiples of 4'),
     ],
 )

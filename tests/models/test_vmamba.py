@@ -29,6 +29,8 @@ def test_nano_is_small():
         ({'kernel_size': 4}, 'odd'),
         ({'dt_rank': 'full'}, "'full'"),
         ({'dt_rank': 0}, 'positive'),
+        ({'d_state': 0}, 'd_state must be at least 1'),
+        ({'ssm_ratio': 0.0}, 'no inner channel'),
         ({'mixer': 'ssd', 'dt_rank': 5}, 'multiple'),
         ({'patch_size': 2}, 'patch_size'),
         ({'depths': (1, 1)}, 'depths'),

@@ -34,10 +34,11 @@ class NormPoolHead(nn.Module):
 
     def reset(self, num_classes: int, pool_type: str | None = None, device=None, dtype=None) -> None:
         """Replace the classifier; `pool_type` None keeps the pooling."""
+        pooled = self.global_pool.pool_type if pool_type is None else pool_type
+        if num_classes > 0 and not pooled:
+            raise ValueError("A classifier needs pooled features: choose a global_pool other than '' or num_classes=0.")
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-        if num_classes > 0 and not self.global_pool.pool_type:
-            raise ValueError("A classifier needs pooled features: choose a global_pool other than '' or num_classes=0.")
         self.num_features = self.in_features * self.global_pool.feat_mult()
         self.head = (
             nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()

@@ -56,7 +56,7 @@ class SS2D(nn.Module):
             ablations; 'cascade' scans rows, then columns of the result.
 
     Raises:
-        ValueError: Unknown scan, an even kernel, or an inner width below one.
+        ValueError: Unknown scan, an even kernel, or an inner width or state size below one.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class SS2D(nn.Module):
             raise ValueError(f'Unknown scan {scan!r}; choose from {", ".join(_PASSES)}.')
         if kernel_size and kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, or 0 for no convolution, got {kernel_size}.')
+        if d_state < 1:
+            raise ValueError(f'd_state must be at least 1, got {d_state}.')
         self.scan = scan
         self.d_state = d_state
         self.dt_rank = auto_dt_rank(dim, dt_rank)

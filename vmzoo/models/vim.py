@@ -101,8 +101,9 @@ class StridedPatchEmbed(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the image size expected."""
-        self.img_size = to_2tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
+        img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.img_size = img_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -163,6 +164,8 @@ class BidirectionalMamba(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         d_inner = int(expand * dim)
+        if min(d_inner, d_state) < 1:
+            raise ValueError(f'A scan needs inner channels and states, got expand={expand} and d_state={d_state}.')
         self.dt_rank = auto_dt_rank(dim, dt_rank)
         self.routes = 'forward_backward' if bidirectional else 'forward'
         self.bidirectional = bidirectional
@@ -328,7 +331,7 @@ class VisionMamba(nn.Module):
         self.rope_grid_size = rope_grid_size
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        self._set_global_pool(global_pool)
+        self._set_global_pool(global_pool, num_classes)
 
         patch_embed = StridedPatchEmbed(
             img_size,
@@ -372,10 +375,6 @@ class VisionMamba(nn.Module):
     def _build_head(self, num_classes: int, device=None, dtype=None) -> nn.Module:
         if num_classes == 0:
             return nn.Identity()
-        if not self.global_pool:
-            raise ValueError(
-                "A classifier needs pooled features: choose global_pool 'token' or 'avg', or num_classes=0."
-            )
         head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
         self._init_head(head)
         return head
@@ -385,11 +384,15 @@ class VisionMamba(nn.Module):
         trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
 
-    def _set_global_pool(self, global_pool: str) -> None:
+    def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
         if global_pool not in ('', 'avg', 'token'):
             raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}.")
         if global_pool == 'token' and self.class_token == 'none':
             raise ValueError("global_pool='token' needs a class token; use 'avg' with class_token='none'.")
+        if num_classes and not global_pool:
+            raise ValueError(
+                "A classifier needs pooled features: choose global_pool 'token' or 'avg', or num_classes=0."
+            )
         self.global_pool = global_pool
 
     @torch.jit.ignore
@@ -442,8 +445,7 @@ class VisionMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; `global_pool` None keeps the pooling."""
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
+        self._set_global_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.head = self._build_head(num_classes, **get_device_dtype(self))
         self.num_classes = num_classes
         self.head.train(self.training)

@@ -243,8 +243,8 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one; `global_pool` None keeps the pooling."""
-        self.num_classes = num_classes
         self.classifier.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.num_classes = num_classes
         self.head_hidden_size = self.classifier.num_features
 
     @property
