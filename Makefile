@@ -28,7 +28,8 @@ bench: $(VENV)/installed-train  ## time the operators and models
 	$(BIN)/python tools/benchmark.py ops
 	$(BIN)/python tools/benchmark.py models
 
+# An interrupted venv has a python but no pip; made again, it is whole.
 $(VENV)/installed-%: setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

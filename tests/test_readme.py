@@ -117,7 +117,12 @@ def test_make_installs_once(tmp_path):
     log = tmp_path / 'log'
     fake = tmp_path / 'fake-python'
     fake.write_text(
-        f'#!/bin/sh\necho "$@" >> "{log}"\nmkdir -p .venv/bin; cp "$0" .venv/bin/python 2>/dev/null || true\n'
+        '#!/bin/sh\n'
+        'case "$*" in\n'
+        '  "-m pip --version") test ! -e .venv/half; exit ;;\n'
+        '  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; rm -f .venv/half ;;\n'
+        'esac\n'
+        f'echo "$@" >> "{log}"\n'
     )
     fake.chmod(0o755)
 
@@ -135,3 +140,6 @@ def test_make_installs_once(tmp_path):
     later = (tmp_path / '.venv/installed-train').stat().st_mtime + 5
     os.utime(tmp_path / 'setup.py', (later, later))
     assert make('install')[0].endswith('-e .[train]')
+    os.utime(tmp_path / 'setup.py', (later + 5, later + 5))
+    (tmp_path / '.venv/half').touch()  # as if `python -m venv` had been interrupted before it installed pip
+    assert make('install')[0] == '-m venv .venv'
