@@ -76,6 +76,19 @@ def test_table_for_people(checkpoint, folder, tmp_path, capsys):
     assert '5th' in out and str(folder / 'a/1.png') in out and 'accuracy' in out and 'scan_routes.png' in out
 
 
+def test_names_are_never_markup_or_formulas(checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content['meta']['classes'] = ['[red]a', r'$\b$', '[/c]', 'd', 'e', 'f']
+    torch.save(content, tmp_path / 'best.pth')
+    image = tmp_path / r'$\b$' / '[blue]image.png'
+    image.parent.mkdir()
+    Image.new('RGB', (32, 32)).save(image)
+    assert main(['predict', '--checkpoint', str(tmp_path / 'best.pth'), str(image), '--out', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert str(image) in out and sum(name in out for name in content['meta']['classes']) >= 5
+    assert (tmp_path / 'confusion_matrix.png').exists()
+
+
 def test_weights_without_a_description_need_the_model(folder, tmp_path, capsys):
     model = timm.create_model('vmamba_nano')
     torch.save({'model': model.state_dict()}, tmp_path / 'plain.pth')

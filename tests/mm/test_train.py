@@ -286,6 +286,12 @@ def test_wrong_arguments(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_config_without_a_training_is_named(tmp_path, capsys):
+    (tmp_path / 'plain.py').write_text('model = dict(type="VMZooClassifier")\n')
+    assert main(['train', str(tmp_path / 'plain.py')]) == 1
+    assert 'plain.py is no training config: it lacks train_cfg, train_dataloader' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('module', ['mmengine', 'cv2', 'matplotlib', 'sklearn', 'tensorboard'])
 def test_missing_extra_says_what_to_install(module):
     code = (

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -16,7 +17,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     for column in columns:
         table.add_column(column, justify='right' if column in right else 'left', overflow='fold')
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # names with brackets are no markup
     console.print(table)
 
 

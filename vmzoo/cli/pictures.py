@@ -157,4 +157,5 @@ def draw_routes(image_path: Path, scan: str, size: tuple[int, int], reductions: 
 
 
 def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + '…'
+    text = text if len(text) <= length else text[: length - 1] + '…'
+    return text.replace('$', r'\$')  # which would begin a formula

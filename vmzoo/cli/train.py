@@ -54,6 +54,9 @@ def load_config(args: argparse.Namespace):
 
     path = find_config(args.config)
     cfg = Config.fromfile(str(path))
+    missing = [key for key in ('model', 'train_cfg', 'train_dataloader', 'optim_wrapper') if not cfg.get(key)]
+    if missing:
+        raise ValueError(f'{path} is no training config: it lacks {", ".join(missing)}')
     datasets = [loader.dataset for loader in loaders(cfg)]
     if args.model:
         cfg.model.model_name = args.model
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args)
     from mmengine.dist import barrier, is_main_process
     from rich.console import Console
+    from rich.markup import escape
 
     from vmzoo.mm.runner import VMZooRunner, evaluate
 
@@ -133,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f'[bold]{cfg.model.model_name}[/] ({parameters / 1e6:.2f} M parameters), '
         f'{len(runner.train_dataloader.dataset)} training images, {cfg.train_cfg.max_epochs} epochs, '
-        f'seed {runner.seed}, log in {work_dir}' + (', [yellow]resuming[/]' if last.exists() else ''),
+        f'seed {runner.seed}, log in {escape(str(work_dir))}' + (', [yellow]resuming[/]' if last.exists() else ''),
         highlight=False,
         soft_wrap=True,
     )
@@ -142,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if cfg.get('test_dataloader'):
         values = [f'{key} {value:.2f} %' for key, value in evaluate(cfg, best).items() if isinstance(value, float)]
         console.print(
-            f'[bold green]test: {", ".join(values)}[/] with {best} '
+            f'[bold green]test: {", ".join(values)}[/] with {escape(str(best))} '
             f'(epoch {runner.message_hub.get_info("best_epoch")} of {runner.epoch})',
             highlight=False,
             soft_wrap=True,
