@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .common import compute_dtype
+from .common import ScanInputs, compute_dtype
 
 _NEUTRAL = -2  # fills the last chunk up: a step that leaves the state alone
 _BLOCK_VALUES = 2**19  # of one tensor in lanes
@@ -200,27 +200,10 @@ def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
     return g.addcmul_(later, inherited.unsqueeze(2))
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    gather: Tensor,
-    merge: Tensor,
-    complete: bool,
-    softplus: bool,
-    out: Tensor,
-    last: Tensor,
-) -> None:
+def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
-    dtype = compute_dtype(x.dtype)
-    x, dt, B, C, A, D, dt_weight, dt_bias = (
-        v if v is None else v.to(dtype) for v in (x, dt, B, C, A, D, dt_weight, dt_bias)
-    )
+    inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
     lanes = _lanes(gather, merge, x.shape[1], complete)
     y = x.new_empty(x.shape[0], *lanes.gather.shape, x.shape[-1])
     for block in _blocks(y, lanes):
@@ -234,34 +217,19 @@ def forward(
         delta_u = u.mul_(delta)
         for n in range(A.shape[-1]):
             final = n == A.shape[-1] - 1  # overwrite: memory that is new costs a CPU more than the arithmetic
-            inputs = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
+            added = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
             decay = _decay(delta, A[block.routes, None, None, :, n], out=delta if final else None)
-            h, _, end = _states(decay, inputs, lanes.num_sequences)
+            h, _, end = _states(decay, added, lanes.num_sequences)
             last[block.batch, block.routes, ..., n] = end
             y_block.addcmul_(h, c[..., n : n + 1])
     out.copy_(_put_back(y, lanes.writer, lanes, reduce=out.ndim == 3))
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    gather: Tensor,
-    merge: Tensor,
-    complete: bool,
-    softplus: bool,
-) -> tuple[Tensor | None, ...]:
+def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias in the compute dtype; None for those not given."""
-    dtype = compute_dtype(x.dtype)
-    dy, x, dt, B, C, A, D, dt_weight, dt_bias = (
-        v if v is None else v.to(dtype) for v in (dy, x, dt, B, C, A, D, dt_weight, dt_bias)
-    )
+    inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
+    dy = dy.to(x.dtype)
     lanes = _lanes(gather, merge, x.shape[1], complete)
     in_lanes = (x.shape[0], *lanes.gather.shape)
     du, d_dt, db, dc = (x.new_empty(*in_lanes, v.shape[-1]) for v in (x, dt, B, C))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
 from .backends import resolve_backend
-from .common import STATE_INTERVAL, compute_dtype
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype
 from .routes import Routes, get_routes
 
 
@@ -56,13 +56,13 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
     out, last, states = _empty_outputs(x, A, gather, reduce, out_dtype, save_states and backend == 'triton')
-    inputs = (x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
     if backend == 'triton':
         from . import triton_scan
 
-        triton_scan.forward(*inputs, out, last, states)
+        triton_scan.forward(inputs, out, last, states)
     else:
-        chunked.forward(*inputs, out, last)
+        chunked.forward(inputs, out, last)
     return out, last, states
 
 
@@ -92,14 +92,14 @@ def _scan_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; empty for those not given."""
-    inputs = (x, dt, B, C, A, D, dt_weight, dt_bias)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
     if backend == 'triton':
         from . import triton_scan
 
-        grads = triton_scan.backward(dy, *inputs, states, gather, merge, complete, softplus)
+        grads = triton_scan.backward(dy, inputs, states)
     else:
-        grads = chunked.backward(dy, *inputs, gather, merge, complete, softplus)
-    outs = _empty_grads(inputs)
+        grads = chunked.backward(dy, inputs)
+    outs = _empty_grads(inputs[:8])
     for out, grad in zip(outs, grads):
         if grad is not None:
             out.copy_(grad)

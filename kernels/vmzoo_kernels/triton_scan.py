@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backends import interpreted
-from .common import STATE_INTERVAL, compute_dtype
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -614,10 +614,11 @@ def _wide(*tensors: Tensor) -> bool:
 class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
-    def __init__(self, x, dt, B, C, A, D, weight, bias, gather, merge, softplus, dy=None):
+    def __init__(self, inputs: ScanInputs, dy: Tensor | None = None):
+        x, dt, B, C, A, D, weight, bias, gather, merge, _, softplus = inputs
         acc = compute_dtype(x.dtype)
         self.acc = acc
-        self.x, self.dt, self.B, self.C = x, dt, B, C
+        self.x = x
         self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
         self.gather, self.merge = (v if v[0].is_contiguous() else v.contiguous() for v in (gather, merge))
         self.rank = 0 if weight is None else weight.shape[-1]
@@ -640,7 +641,7 @@ class _Scan:
             'WIDE': _wide(x, dt, B, C, x if dy is None else dy)
             or gather.numel() * max(self.dim, self.rank + 2 * self.d_state) >= 2**31,
             'SOFTPLUS': softplus,
-            # 'ieee' keeps float32 exact; tf32 holds every float16 and bfloat16 value that it multiplies
+            # 'ieee' keeps float32 exact; a half-precision dt loses nothing in the matrix unit's tf32
             'PRECISION': 'ieee' if dt.dtype in (torch.float32, torch.float64) else 'tf32',
             'ACC': tl.float64 if acc == torch.float64 else tl.float32,
             'num_warps': plan.num_warps,
@@ -697,25 +698,10 @@ def _device_of(x: Tensor):
     return torch.cuda.device_of(x)  # does nothing for CPU tensors
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    gather: Tensor,
-    merge: Tensor,
-    complete: bool,
-    softplus: bool,
-    out: Tensor,
-    last: Tensor,
-    states: Tensor,
-) -> None:
+def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus)
+    scan, complete = _Scan(inputs), inputs.complete
+    x, dt, B, C = inputs[:4]
     parts = out
     if out.ndim == 3 and scan.num_routes > 1:
         # float32, so that the result is rounded once
@@ -767,24 +753,10 @@ def forward(
             torch.sum(parts, dim=0, dtype=out.dtype, out=out)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    states: Tensor,
-    gather: Tensor,
-    merge: Tensor,
-    complete: bool,
-    softplus: bool,
-) -> tuple[Tensor | None, ...]:
+def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
-    scan = _Scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, softplus, dy)
+    scan, complete = _Scan(inputs, dy), inputs.complete
+    x, dt, B, C = inputs[:4]
     plan, acc, rank = scan.plan, scan.acc, scan.rank
     batch, num_routes, dim, d_state, positions = scan.batch, scan.num_routes, scan.dim, scan.d_state, x.shape[1]
 
@@ -802,10 +774,11 @@ def backward(
     else:
         d_dt = torch.empty_like(dt) if complete else torch.zeros_like(dt)
         d_dt_strides = (0, *d_dt.stride())
-    rows = batch * scan.num_sequences * plan.num_segments
-    d_A = x.new_empty((rows, num_routes, dim, d_state), dtype=acc)
-    d_D, d_bias = (None if v is None else x.new_empty((rows, num_routes, dim), dtype=acc) for v in (D, dt_bias))
-    d_weight = x.new_empty((rows, num_routes, dim, rank), dtype=acc) if rank else None
+    per_channel = (batch * scan.num_sequences * plan.num_segments, num_routes, dim)
+    d_A = x.new_empty((*per_channel, d_state), dtype=acc)
+    d_D = None if inputs.D is None else x.new_empty(per_channel, dtype=acc)
+    d_bias = None if inputs.dt_bias is None else x.new_empty(per_channel, dtype=acc)
+    d_weight = x.new_empty((*per_channel, rank), dtype=acc) if rank else None
 
     split = plan.num_segments > 1
     segments = scan.segment_buffers() if split else (d_A, d_A)

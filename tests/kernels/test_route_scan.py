@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmzoo_kernels import Routes, chunked, get_routes, route_scan, routes_from_table
+from vmzoo_kernels.common import ScanInputs
 from vmzoo_kernels.ops import scan_flops
 from vmzoo_kernels.reference import route_scan_reference
 
@@ -304,7 +305,7 @@ def test_offsets_are_64_bit_where_31_may_not_do(far):
     distant = torch.empty_strided((1, 6, 8), (6 * 2**29, 2**29, 1), device='meta', dtype=torch.float64)
     x = distant if far == 'x' else inputs['x']
     _, *others = scan_arguments(inputs, routes, 'triton')
-    scan = triton_scan._Scan(x, *others[:9], True, distant if far == 'dy' else inputs['x'])
+    scan = triton_scan._Scan(ScanInputs(x, *others[:11]), distant if far == 'dy' else inputs['x'])
     assert scan.constants['WIDE'] == (far is not None)
 
 
@@ -434,11 +435,11 @@ def test_no_tensor_holds_every_state():
     """The torch backend keeps one state channel at a time: nothing has B·K·L·D·N values."""
     inputs, routes = make((6, 6), 8, 64, 2, 'cross', dtype=torch.float32)
     *tensors, gather, merge, complete, softplus, _, _, _, _ = scan_arguments(inputs, routes, 'torch')
-    common = (*tensors, gather, merge, complete, softplus)
+    inputs = ScanInputs(*tensors, gather, merge, complete, softplus)
     y, last = torch.zeros(2, 36, 8), torch.zeros(2, 4, 1, 8, 64)
     with _Largest() as largest:
-        chunked.forward(*common, y, last)
-        chunked.backward(y, *common)
+        chunked.forward(inputs, y, last)
+        chunked.backward(y, inputs)
     assert largest.numel < 2 * 4 * 36 * 8 * 64
 
 
