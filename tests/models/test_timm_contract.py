@@ -318,6 +318,15 @@ def test_initialises_after_to_empty(name):
 
 
 @every_model
+def test_images_of_the_wrong_kind_are_named(name):
+    model = small(name).eval()
+    with pytest.raises(ValueError, match=r'unsqueeze\(0\)'):
+        model(image(1)[0])
+    with pytest.raises(ValueError, match='in_chans=5'):
+        model(image(1, 5))
+
+
+@every_model
 @pytest.mark.parametrize('in_chans', [1, 4, 12])
 def test_input_channels(name, in_chans):
     model = small(name, in_chans=in_chans).eval()

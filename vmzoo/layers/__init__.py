@@ -2,7 +2,16 @@
 
 from .head import NormPoolHead
 from .linear import Linear, Mlp, linear
-from .patch import ConvDownsample, ConvStem, PatchMerging, PatchStem, Permute, to_channels_first, to_channels_last
+from .patch import (
+    ConvDownsample,
+    ConvStem,
+    PatchMerging,
+    PatchStem,
+    Permute,
+    check_images,
+    to_channels_first,
+    to_channels_last,
+)
 from .ss2d import SS2D, SSD2D
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 from .vss import VSSBlock
@@ -20,6 +29,7 @@ __all__ = [
     'Permute',
     'VSSBlock',
     'auto_dt_rank',
+    'check_images',
     'compute_dtype',
     'init_A_log_',
     'init_dt_bias_',

@@ -33,6 +33,17 @@ def to_channels_first() -> Permute:
     return Permute(0, 3, 1, 2)
 
 
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Refuse anything but a batch of images [B, in_chans, H, W] with a ValueError that says what is wrong."""
+    if x.ndim != 4:
+        raise ValueError(f'Images come as a batch [B, {in_chans}, H, W], got {tuple(x.shape)}: unsqueeze(0) makes one.')
+    if x.shape[1] != in_chans:
+        raise ValueError(
+            f'The model takes {in_chans} channels, got {x.shape[1]}: create it with in_chans={x.shape[1]}, '
+            'or convert the images.'
+        )
+
+
 class PatchStem(nn.Sequential):
     """Non-overlapping patches of an image [B, in_chans, H, W]: convolution, then norm (Swin's patch embedding)."""
 

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from vmzoo_kernels import get_routes, route_scan
 
 from ..layers.linear import Linear
+from ..layers.patch import check_images
 from ..layers.rope import apply_rope, rope_tables
 from ..layers.ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 from ..layers.tokens import ClassToken, class_token_index, drop_token, insert_token, resize_pos_embed
@@ -122,6 +123,7 @@ class StridedPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """[B, in_chans, H, W] -> tokens [B, M, D] in row-major order, and the grid they form."""
+        check_images(x, self.proj.in_channels)
         img_size = tuple(x.shape[-2:])
         if self.strict_img_size and img_size != self.img_size:
             raise ValueError(

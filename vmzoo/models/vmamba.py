@@ -27,7 +27,17 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import SS2D, SSD2D, ConvDownsample, ConvStem, NormPoolHead, PatchMerging, PatchStem, VSSBlock
+from ..layers import (
+    SS2D,
+    SSD2D,
+    ConvDownsample,
+    ConvStem,
+    NormPoolHead,
+    PatchMerging,
+    PatchStem,
+    VSSBlock,
+    check_images,
+)
 from ._builder import build_model
 
 __all__ = ['VMamba']
@@ -257,6 +267,7 @@ class VMamba(nn.Module):
         return self.patch_embed.min_input(size)
 
     def _embed(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans)
         height, width = x.shape[-2:]
         if min(height, width) < self.min_input_size:
             raise ValueError(
