@@ -93,8 +93,7 @@ def unfused(x, x_proj, A, D, dt_weight, dt_bias, routes) -> Tensor:
     xs = gather_routes(x, routes)[:, :, 0].mT.contiguous()  # [B, K, D, L]
     dt, B, C = torch.einsum('bkdl,kcd->bkcl', xs, x_proj).split([rank, d_state, d_state], dim=2)
     delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_weight)
-    flat = [v.flatten(0, 1) for v in (A, D, dt_bias)]
-    A, D, dt_bias = flat
+    A, D, dt_bias = (v.flatten(0, 1) for v in (A, D, dt_bias))
     y = selective_scan(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, D, None, dt_bias, True)
     return merge_routes(y.unflatten(1, (routes.num_routes, -1)).mT.unsqueeze(2), routes)
 
@@ -157,7 +156,7 @@ def benchmark_models(args: argparse.Namespace, device: torch.device) -> list[dic
                 row['peak GiB'] = torch.cuda.max_memory_allocated() / 2**30
         for kind in ('infer', 'train')[: 1 + args.train]:
             row[f'{kind} img/s'] = 1e3 * args.batch_size / row[f'{kind} ms']
-            baseline = rows[-len(rows)] if rows else row
+            baseline = rows[0] if rows else row
             row[f'{kind} time / {baseline["model"]}'] = row[f'{kind} ms'] / baseline[f'{kind} ms']
         print_row(row)
         rows.append(row)

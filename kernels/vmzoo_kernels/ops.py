@@ -170,7 +170,7 @@ def scan_flops(
     return lanes * (9 * d_state + int(skip) + 2 * dt_rank * int(projected))
 
 
-def _shape_flops(x, dt, A, D, dt_weight, gather) -> int:
+def _shape_flops(x, A, D, dt_weight, gather) -> int:
     num_routes, sequences, steps = gather
     rank = dt_weight[-1] if dt_weight is not None else 0
     return scan_flops(x[0], sequences * steps, num_routes, A[1], A[2], rank, D is not None, dt_weight is not None)
@@ -178,12 +178,12 @@ def _shape_flops(x, dt, A, D, dt_weight, gather) -> int:
 
 @register_flop_formula(torch.ops.vmzoo.scan)
 def _(x, dt, B, C, A, D, dt_weight, dt_bias, gather, *args, out_shape=None, **kwargs) -> int:
-    return _shape_flops(x, dt, A, D, dt_weight, gather)
+    return _shape_flops(x, A, D, dt_weight, gather)
 
 
 @register_flop_formula(torch.ops.vmzoo.scan_backward)
 def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _shape_flops(x, dt, A, D, dt_weight, gather)
+    return 2 * _shape_flops(x, A, D, dt_weight, gather)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -694,10 +694,6 @@ def _buffer(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, complete: boo
     return x.new_empty(shape, dtype=dtype) if complete else x.new_zeros(shape, dtype=dtype)
 
 
-def _device_of(x: Tensor):
-    return torch.cuda.device_of(x)  # does nothing for CPU tensors
-
-
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
     scan, complete = _Scan(inputs), inputs.complete
@@ -744,7 +740,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
             **scan.constants,
         )
 
-    with _device_of(x):
+    with torch.cuda.device_of(x):  # nothing for CPU tensors
         if split:
             launch(summary=True)
             scan.carry(*segments, reverse=False)
@@ -817,7 +813,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
         )
 
     if x.numel():
-        with _device_of(x):
+        with torch.cuda.device_of(x):
             if split:
                 launch(summary=True)
                 scan.carry(*segments, reverse=True)

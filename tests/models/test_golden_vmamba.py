@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import golden
+from golden.models import errors, fill
 
 import vmzoo
 
@@ -57,11 +58,8 @@ def build(name: str, config: dict) -> torch.nn.Module:
 
 def load(name: str) -> tuple[torch.nn.Module, torch.Tensor, dict, dict]:
     meta, want = golden.load(f'vmamba/{name}')
-    state = {key: torch.from_numpy(value) for key, value in golden.fill_state(meta['keys']).items()}
     model = build(name, meta['config'])
-    assert sum(p.numel() for p in model.parameters()) == meta['params']
-    model.load_state_dict(vmzoo.convert_state_dict(state, model))
-    return model.eval(), torch.from_numpy(golden.make_input(**meta['inputs']['x'])), meta, want
+    return model, fill(model, meta), meta, want
 
 
 @torch.inference_mode()
@@ -75,11 +73,6 @@ def outputs(model: torch.nn.Module, x: torch.Tensor, meta: dict) -> dict[str, to
             weight, bias = norms[f'outnorm{i}.weight'].to(stage), norms[f'outnorm{i}.bias'].to(stage)
             got[f'feat{i}'] = F.layer_norm(stage.permute(0, 2, 3, 1), weight.shape, weight, bias).permute(0, 3, 1, 2)
     return got
-
-
-def errors(got: dict[str, torch.Tensor], want: dict) -> dict[str, float]:
-    assert got.keys() >= want.keys()
-    return {key: golden.error(got[key].numpy(), want[key]) for key in want}
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -13,33 +13,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from vmzoo.weights import load_checkpoint
+from vmzoo.weights.convert import differences
 
 _numbers = itertools.count()
-
-
-def check_keys(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, source: str) -> None:
-    """Refuse a state dict that is not exactly the model's.
-
-    Raises:
-        ValueError: Naming the missing, unexpected and differently shaped entries.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    reshaped = [
-        f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
-        for key in own.keys() & state_dict.keys()
-        if own[key].shape != state_dict[key].shape
-    ]
-    problems = [
-        f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
-        for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', sorted(reshaped)))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f'{source} belongs to another model: {"; ".join(problems)}. '
-            'Use the config and options that it was trained with, or another --work-dir'
-        )
 
 
 @RUNNERS.register_module()
@@ -81,7 +57,11 @@ class VMZooRunner(Runner):
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
             raise ValueError(f'{filename} is not a checkpoint written by vmzoo: {error}') from error
         model = self.model.module if self.distributed else self.model
-        check_keys(checkpoint['state_dict'], model, filename)
+        if problems := differences(checkpoint['state_dict'], model.state_dict()):
+            raise ValueError(
+                f'{filename} belongs to another model: {"; ".join(problems)}. '
+                'Use the config and options that it was trained with, or another --work-dir'
+            )
         planned = checkpoint['message_hub']['runtime_info']['max_epochs']
         if planned != self.max_epochs:
             raise ValueError(

@@ -175,28 +175,31 @@ def _match_stem(weights: dict[str, Tensor], target: dict[str, Tensor], stems: tu
     return ', '.join(notes)
 
 
-def _check(weights: dict[str, Tensor], target: dict[str, Tensor], model: nn.Module) -> None:
-    missing = [key for key in target if key not in weights]
-    unexpected = [key for key in weights if key not in target]
-    differing = [
+def differences(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """Says which keys of a model's state dict are missing, unexpected or of another shape; nothing if all fit."""
+    shapes = [
         f'{key}: {tuple(weights[key].shape)} in the checkpoint, {tuple(target[key].shape)} in the model'
         for key in target
         if key in weights and weights[key].shape != target[key].shape
     ]
-    if not (missing or unexpected or differing):
-        return
-    lines = [f'the checkpoint does not fit {_describe(model)}']
-    lines += [
-        f'  {title} ({len(keys)}): {_some(keys, separator)}'
+    return [
+        f'{title} ({len(keys)}): {_some(keys, separator)}'
         for title, keys, separator in (
-            ('missing keys', missing, ', '),
-            ('unexpected keys', unexpected, ', '),
-            ('shapes differ', differing, '; '),
+            ('missing keys', [key for key in target if key not in weights], ', '),
+            ('unexpected keys', [key for key in weights if key not in target], ', '),
+            ('shapes differ', shapes, '; '),
         )
         if keys
     ]
+
+
+def _check(weights: dict[str, Tensor], target: dict[str, Tensor], model: nn.Module) -> None:
+    problems = differences(weights, target)
+    if not problems:
+        return
+    lines = [f'the checkpoint does not fit {_describe(model)}', *(f'  {problem}' for problem in problems)]
     # Looked for among relatives only: each candidate has to be built, if without memory.
-    related = 2 * (len(target) - len(missing)) >= min(len(target), len(weights))
+    related = 2 * len(target.keys() & weights.keys()) >= min(len(target), len(weights))
     if related and (fitting := _fitting_architecture(weights, model)):
         lines.append(f'  It fits {fitting}: create that model instead.')
     raise CheckpointMismatch('\n'.join(lines))
