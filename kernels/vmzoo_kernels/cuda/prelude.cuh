@@ -1,8 +1,8 @@
 // What the kernels need of the device, for NVRTC without any header of CUDA: fast math, 16-bit floats, tensor cores,
 // asynchronous copies, barriers. Needs compute capability 8.0.
 //
-// The tests run the kernels on the CPU with tests/kernels/emulator/emulator.h in the place of this file: it defines the
-// guard below and every name of this file.
+// The tests run the kernels on the CPU with tests/kernels/emulator/emulator.h in the place of this file: it defines this
+// guard and every name below.
 #ifndef VMZOO_PRELUDE
 #define VMZOO_PRELUDE
 
@@ -121,13 +121,13 @@ __device__ __forceinline__ unsigned pack2<bfloat_t>(float lo, float hi) {
 // d = a b + c by a warp: a [16, K] in rows, b [K, 8] in columns, c and d [16, 8] in float32.
 
 #define VMZOO_MMA_4_2(type)                                                                                      \
-    asm volatile("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
+    asm("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),       \
                    "f"(c[2]), "f"(c[3]))
 
 #define VMZOO_MMA_2_1(type)                                                                       \
-    asm volatile("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
+    asm("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
 
@@ -172,7 +172,9 @@ __device__ __forceinline__ void mma_k8<bfloat_t>(float (&d)[4], const unsigned (
 // Matrices of 8x8 16-bit values from shared memory: lane 8 i + j holds the address of row j of matrix i (16 bytes,
 // aligned to 16), and r[i] becomes what mma takes of matrix i.
 
-__device__ __forceinline__ unsigned shared_address(const void* smem) { return (unsigned)__cvta_generic_to_shared(smem); }
+__device__ __forceinline__ unsigned shared_address(const void* smem) {
+    return (unsigned)__cvta_generic_to_shared(smem);
+}
 
 #define VMZOO_LDMATRIX_X4(trans)                                                             \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0, %1, %2, %3}, [%4];" \
@@ -223,6 +225,30 @@ __device__ __forceinline__ void cp_async_wait() {
 // Waits until so many threads (whole warps) came to barrier `id`, 1 to 15; 0 is that of __syncthreads.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Shared memory by which warps speak to each other while they run: 16 bytes at once, never from a register.
+
+__device__ __forceinline__ float4 load_volatile(const float4* smem) {
+    float4 v;
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared_address(smem))
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_volatile(float4* smem, float4 v) {
+    asm volatile("st.volatile.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(smem)), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+// An 8x8 matrix of 16-bit values, two neighbours of row lane / 4 in each lane, turned over its diagonal.
+__device__ __forceinline__ unsigned transpose(unsigned x) {
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
 
 // A load by the read-only path, of memory that nothing writes while the kernel runs.
