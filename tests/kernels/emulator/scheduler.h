@@ -25,7 +25,8 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 constexpr int MAX_THREADS = 1024, BARRIERS = 16;
-constexpr size_t STACK = 64 << 10, PAGE = 16 << 10;
+constexpr size_t STACK = 64 << 10, FENCE = 256 << 10;
+constexpr size_t PAGE = 16 << 10;  // a multiple of the system's
 
 enum class State { ready, in_warp, at_barrier, done };
 
@@ -63,16 +64,16 @@ struct Barrier {
 class FencedMemory {
 public:
     explicit FencedMemory(size_t size) : size_((size + PAGE - 1) / PAGE * PAGE) {
-        void *pages = mmap(nullptr, size_ + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        begin_ = static_cast<unsigned char *>(pages) + PAGE;
+        void *pages = mmap(nullptr, size_ + 2 * FENCE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        begin_ = static_cast<unsigned char *>(pages) + FENCE;
         mprotect(begin_, size_, PROT_READ | PROT_WRITE);
     }
     FencedMemory(const FencedMemory &) = delete;
-    ~FencedMemory() { munmap(begin_ - PAGE, size_ + 2 * PAGE); }
+    ~FencedMemory() { munmap(begin_ - FENCE, size_ + 2 * FENCE); }
     unsigned char *begin() const { return begin_; }
     unsigned char *end() const { return begin_ + size_; }
     bool fences(const unsigned char *address) const {
-        return begin_ - PAGE <= address && address < end() + PAGE && !(begin_ <= address && address < end());
+        return begin_ - FENCE <= address && address < end() + FENCE && !(begin_ <= address && address < end());
     }
 
 private:
@@ -284,7 +285,7 @@ static const std::string &launch(void (*function)(const void *), const unsigned 
     gridDim = {grid[0], grid[1], grid[2]};
     size_t threads = size_t(block[0]) * block[1] * block[2];
     if (threads == 0 || threads > MAX_THREADS || threads % 32)
-        return failure = "a block of " + std::to_string(threads) + " threads: the emulator runs whole warps, up to 1024 threads";
+        return failure = "a block of " + std::to_string(threads) + " threads: it takes whole warps, up to 1024 threads";
     kernel = function;
     kernel_params = params;
     fibers.resize(threads);
