@@ -5,6 +5,7 @@
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,12 +32,10 @@ needs_compiler = pytest.mark.skipif(shutil.which('g++') is None, reason='no g++,
 
 
 class EmulatedKernel:
-    def __init__(self, library: Path):
-        functions = ctypes.CDLL(str(library))
-        self._params_size = functions.params_size
-        self._params_size.restype = ctypes.c_size_t
-        self._emulate = functions.emulate
-        self._emulate.restype = ctypes.c_char_p
+    def __init__(self, library: ctypes.CDLL, name: str):
+        self._params_size = ctypes.c_size_t.in_dll(library, f'params_size_{name}').value
+        self._launch = library[f'launch_{name}']
+        self._launch.restype = ctypes.c_char_p
 
     def launch(
         self,
@@ -59,11 +58,11 @@ class EmulatedKernel:
         Raises:
             RuntimeError: Deadlock, divergent warp, or a memory access that a GPU would not forgive.
         """
-        if len(params) != self._params_size():
-            raise RuntimeError(f'the kernel takes a struct of {self._params_size()} bytes, not {len(params)}')
+        if len(params) != self._params_size:
+            raise RuntimeError(f'the kernel takes a struct of {self._params_size} bytes, not {len(params)}')
         block = (block,) if isinstance(block, int) else block
         sizes = [(ctypes.c_uint * 3)(*size, *(1,) * (3 - len(size))) for size in (grid, block)]
-        failure = self._emulate(*sizes, ctypes.c_size_t(shared_bytes), params, ctypes.c_bool(reverse))
+        failure = self._launch(*sizes, ctypes.c_size_t(shared_bytes), params, ctypes.c_bool(reverse))
         if failure:
             raise RuntimeError(failure.decode())
 
@@ -74,15 +73,24 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def load(
-    source_file: Path, defines: tuple[tuple[str, int | str], ...], kernel: str, device: torch.device | None = None
-) -> EmulatedKernel:
-    """A kernel of a CUDA source, with macros as template constants; built once a process."""
-    library = Path(tempfile.mkdtemp(dir=_folder().name)) / 'kernel.so'
-    macros = dict(defines) | {'EMULATED_KERNEL': kernel, 'EMULATED_SOURCE': f'"{source_file.resolve()}"'}
+def _build(source_file: Path, defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+    library = Path(tempfile.mkdtemp(dir=_folder().name)) / 'kernels.so'
+    names = re.findall(r'(\w+)\(const __grid_constant__', source_file.read_text(encoding='utf-8'))
+    macros = dict(defines) | {
+        'EMULATED_SOURCE': f'"{source_file.resolve()}"',
+        'EMULATED_KERNELS': ' '.join(f'EMULATE({name})' for name in names),
+    }
     command = ['g++', *_FLAGS, *(f'-D{name}={value}' for name, value in macros.items())]
     command += ['-include', _EMULATOR / 'emulator.h', '-I', _SOURCES, _EMULATOR / 'launch.cpp', '-o', library]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f'{kernel} does not compile with g++:\n{result.stderr}')
-    return EmulatedKernel(library)
+        raise RuntimeError(f'{source_file} does not compile with g++:\n{result.stderr}')
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def load(
+    source_file: Path, defines: tuple[tuple[str, int | str], ...], kernel: str, device: torch.device | None = None
+) -> EmulatedKernel:
+    """A kernel of a CUDA source, with macros as template constants; the source is built once a process."""
+    return EmulatedKernel(_build(source_file, defines), kernel)

@@ -39,7 +39,9 @@ struct K8 {
 };
 
 extern "C" __global__ void mma_tf32_k8(const __grid_constant__ Params p) { multiply_fragments<4, 2>(p, Tf32()); }
-extern "C" __global__ void mma_half_k16(const __grid_constant__ Params p) { multiply_fragments<4, 2>(p, K16<half_t>()); }
+extern "C" __global__ void mma_half_k16(const __grid_constant__ Params p) {
+    multiply_fragments<4, 2>(p, K16<half_t>());
+}
 extern "C" __global__ void mma_half_k8(const __grid_constant__ Params p) { multiply_fragments<2, 1>(p, K8<half_t>()); }
 extern "C" __global__ void mma_bfloat_k16(const __grid_constant__ Params p) {
     multiply_fragments<4, 2>(p, K16<bfloat_t>());
@@ -153,7 +155,10 @@ extern "C" __global__ void pipeline(const __grid_constant__ Params p) {
     cp_async_commit();
     for (int i = 0; i < 4; i++) cp_async4(buffer + 8 + i, input + 256 + i);
     cp_async_commit();
-    auto sum = [&](int row) { return buffer[4 * row] + buffer[4 * row + 1] + buffer[4 * row + 2] + buffer[4 * row + 3]; };
+    auto sum = [&](int row) {
+        const float* x = buffer + 4 * row;
+        return x[0] + x[1] + x[2] + x[3];
+    };
     cp_async_wait<2>();
     output[threadIdx.x] = sum(0);
     cp_async_wait<1>();

@@ -8,7 +8,7 @@ struct Params {
 
 extern "C" __global__ void beyond_shared(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(memory);
-    memory[p.n * threadIdx.x] = 0;
+    memory[p.n * int(threadIdx.x)] = 0;
 }
 
 extern "C" __global__ void beyond_array(const __grid_constant__ Params p) {
@@ -17,7 +17,9 @@ extern "C" __global__ void beyond_array(const __grid_constant__ Params p) {
     for (int i = 0; i < 4; i++) static_cast<float*>(p.output)[i] = registers[i];
 }
 
-extern "C" __global__ void beyond_memory(const __grid_constant__ Params p) { *reinterpret_cast<volatile int*>(p.n) = 0; }
+extern "C" __global__ void beyond_memory(const __grid_constant__ Params p) {
+    *reinterpret_cast<volatile int*>(p.n) = 0;
+}
 
 extern "C" __global__ void misaligned(const __grid_constant__ Params p) {
     *reinterpret_cast<float4*>(static_cast<float*>(p.output) + p.n) = make_float4(0, 0, 0, 0);

@@ -1,6 +1,6 @@
-// Runs the threads of a block on the CPU, one at a time, each as a fiber that gives way where CUDA threads wait for each
-// other. What a GPU answers with a hang or wrong numbers ends here with a message: deadlocks, divergent warps, accesses
-// outside of shared memory, misaligned vectors.
+// Runs the threads of a block on the CPU, one at a time, each as a fiber that gives way where CUDA threads wait for
+// each other. What a GPU answers with a hang or wrong numbers ends here with a message: deadlocks, divergent warps,
+// accesses outside of shared memory, misaligned vectors.
 #pragma once
 
 #include <csetjmp>
@@ -299,7 +299,9 @@ static const std::string &launch(void (*function)(const void *), const unsigned 
     size_t blocks = size_t(grid[0]) * grid[1] * grid[2];
     for (size_t i = 0; i < blocks && failure.empty(); i++) {
         size_t index = reverse ? blocks - 1 - i : i;
-        blockIdx = {unsigned(index % grid[0]), unsigned(index / grid[0] % grid[1]), unsigned(index / grid[0] / grid[1])};
+        blockIdx.x = index % grid[0];
+        blockIdx.y = index / grid[0] % grid[1];
+        blockIdx.z = index / grid[0] / grid[1];
         run_block(reverse);
     }
     return failure;
