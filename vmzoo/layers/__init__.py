@@ -2,6 +2,7 @@
 
 from .head import NormPoolHead
 from .linear import Linear, Mlp, linear
+from .norm import LayerNorm, RMSNorm
 from .patch import (
     ConvDownsample,
     ConvStem,
@@ -21,12 +22,14 @@ __all__ = [
     'SSD2D',
     'ConvDownsample',
     'ConvStem',
+    'LayerNorm',
     'Linear',
     'Mlp',
     'NormPoolHead',
     'PatchMerging',
     'PatchStem',
     'Permute',
+    'RMSNorm',
     'VSSBlock',
     'auto_dt_rank',
     'check_images',

@@ -3,6 +3,8 @@
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from .norm import LayerNorm
+
 
 class NormPoolHead(nn.Module):
     """Norm over channels, global pooling, linear classifier: in this order, unlike most heads.
@@ -28,7 +30,7 @@ class NormPoolHead(nn.Module):
     ):
         super().__init__()
         self.in_features = in_features
-        self.norm = nn.LayerNorm(in_features, eps=1e-5, device=device, dtype=dtype)
+        self.norm = LayerNorm(in_features, float32=True, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type, device=device, dtype=dtype)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import Linear
+from .norm import LayerNorm
 
 
 class Permute(nn.Module):
@@ -52,7 +53,7 @@ class PatchStem(nn.Sequential):
         super().__init__(
             nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd),
             to_channels_last(),
-            nn.LayerNorm(dim, eps=1e-5, **dd),
+            LayerNorm(dim, float32=True, **dd),
         )
         self.patch_size = patch_size
 
@@ -73,12 +74,12 @@ class ConvStem(nn.Sequential):
         super().__init__(
             nn.Conv2d(in_chans, dim // 2, **conv),
             to_channels_last(),
-            nn.LayerNorm(dim // 2, eps=1e-5, **dd),
+            LayerNorm(dim // 2, **dd),
             to_channels_first(),
             nn.GELU(),
             nn.Conv2d(dim // 2, dim, **conv),
             to_channels_last(),
-            nn.LayerNorm(dim, eps=1e-5, **dd),
+            LayerNorm(dim, float32=True, **dd),
         )
 
     def min_input(self, size: int) -> int:
@@ -97,7 +98,7 @@ class ConvDownsample(nn.Sequential):
             to_channels_first(),
             nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd),
             to_channels_last(),
-            nn.LayerNorm(out_dim, eps=1e-5, **dd),
+            LayerNorm(out_dim, float32=True, **dd),
         )
         self.kernel_size = kernel_size
 
@@ -122,7 +123,7 @@ class PatchMerging(nn.Module):
             raise ValueError(f"odd must be 'pad' or 'crop', got {odd!r}.")
         self.odd = odd
         self.reduction = Linear(4 * dim, out_dim, bias=False, **dd)
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
+        self.norm = LayerNorm(4 * dim, **dd)
 
     def min_input(self, size: int) -> int:
         """Smallest side that gives `size` output positions."""

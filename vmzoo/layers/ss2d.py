@@ -7,12 +7,13 @@ matrix product on the map itself, before any reordering; the routes exist only i
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmzoo_kernels import Routes, get_routes, route_scan
+from vmzoo_kernels.layer_norm import layer_norm
 
 from .linear import Linear, linear
+from .norm import LayerNorm
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 
 ScanName = Literal['cross', 'unidi', 'bidi', 'rotate', 'cascade']
@@ -25,13 +26,6 @@ _PASSES: dict[str, tuple[str, ...]] = {
     'cascade': ('cascade_rows', 'cascade_cols'),
 }
 _NUM_ROUTES = 4
-
-
-class _ScanNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input: the scan of a half-precision model may hand over float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class SS2D(nn.Module):
@@ -100,7 +94,7 @@ class SS2D(nn.Module):
         )
         self.act = act_layer()
         self.gate_act = (act_layer() if gate_act else nn.Identity()) if gate else None
-        self.out_norm = _ScanNorm(d_inner, eps=1e-5, **dd) if out_norm else nn.Identity()
+        self.out_norm = LayerNorm(d_inner, **dd) if out_norm else nn.Identity()
         self.out_act = out_act_layer() if out_act_layer is not None else nn.Identity()
         self.out_proj = Linear(d_inner, dim, bias=False, **dd)
         self.reset_parameters()
@@ -137,7 +131,7 @@ class SS2D(nn.Module):
             return self._scan_pass(x, routes[0], *parameters, out_dtype=out_dtype)
         y = x
         for i, route in enumerate(routes):
-            y = F.layer_norm(y, y.shape[-1:]).to(x.dtype)  # eps 1e-5, no weights
+            y = layer_norm(y, out_dtype=x.dtype)
             k = route.num_routes
             y = self._scan_pass(y, route, *(p[i * k : (i + 1) * k] for p in parameters), out_dtype=out_dtype)
         return y

@@ -4,6 +4,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .linear import Mlp
+from .norm import LayerNorm
 from .ss2d import SS2D
 
 
@@ -32,11 +33,11 @@ class VSSBlock(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.op = mixer_layer(dim, **mixer_kwargs, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         if mlp_ratio > 0:
-            self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+            self.norm2 = LayerNorm(dim, **dd)
             self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act_layer, **dd)
         else:
             self.mlp = None

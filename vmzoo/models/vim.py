@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from vmzoo_kernels import get_routes, route_scan
 
 from ..layers.linear import Linear
+from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.patch import check_images
 from ..layers.rope import apply_rope, rope_tables
 from ..layers.ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
@@ -52,22 +53,7 @@ __all__ = ['VisionMamba', 'VisionMambaPyramid']
 _logger = logging.getLogger(__name__)
 
 
-class StreamRMSNorm(nn.RMSNorm):
-    """RMSNorm of a residual stream: computed in the stream's precision, returned in the weight's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
-
-
-class StreamLayerNorm(nn.LayerNorm):
-    """LayerNorm of a residual stream: computed in the stream's precision, returned in the weight's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
-
-
-_NORMS = {'rmsnorm': StreamRMSNorm, 'layernorm': StreamLayerNorm}
+_NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
 
 
 class StridedPatchEmbed(nn.Module):
@@ -242,7 +228,7 @@ class VimBlock(nn.Module):
         self,
         dim: int,
         drop_path: float = 0.0,
-        norm_layer: type[nn.Module] = StreamRMSNorm,
+        norm_layer: type[nn.Module] = RMSNorm,
         device=None,
         dtype=None,
         **mixer_args: Any,
@@ -250,7 +236,7 @@ class VimBlock(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.mixer = BidirectionalMamba(dim, **mixer_args, **dd)
-        self.norm = norm_layer(dim, eps=1e-5, **dd)
+        self.norm = norm_layer(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +354,7 @@ class VisionMamba(nn.Module):
             )
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
-        self.norm_f = norm_cls(embed_dim, eps=1e-5, **dd)
+        self.norm_f = norm_cls(embed_dim, float32=True, **dd)
         self.feature_info = [
             {'module': f'layers.{i}', 'num_chs': embed_dim, 'reduction': patch_embed.feat_ratio()} for i in range(depth)
         ]

@@ -1,0 +1,216 @@
+"""The Triton kernels of :mod:`vmzoo_kernels.layer_norm`: every byte moves once, whatever the dtypes.
+
+A program takes whole rows, so the statistics need one read. The backward pass keeps as many programs as fill the GPU;
+each walks over the rows and writes one partial sum of the parameters' gradients, and torch adds those up: there are no
+atomics, so results are reproducible.
+
+Names as in :mod:`vmzoo_kernels.triton_scan`; tiles are [M, C].
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backends import interpreted
+
+
+@triton.jit
+def _tile(i_tile, rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
+    """A tile's first row, its rows and their mask, and its elements' offsets from the first row and their mask.
+
+    A thread holds at most VEC neighbouring channels.
+    """
+    i_m = tl.cast(i_tile, tl.int64) * BLOCK_M
+    o_m = tl.arange(0, BLOCK_M)
+    o_c = tl.arange(0, BLOCK_C)
+    b_in_m = o_m < rows - i_m
+    o_mc = tl.max_contiguous(o_m[:, None] * C + o_c[None, :], [1, VEC])
+    return i_m, o_m, b_in_m, o_mc, b_in_m[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _forward_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    stats,
+    rows,
+    eps,
+    C: tl.constexpr,
+    CENTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y; mean and reciprocal deviation [2, M] too unless ``stats`` is None. Without CENTER the mean counts as zero."""
+    i_m, o_m, b_in_m, o_mc, b_in = _tile(tl.program_id(0), rows, C, BLOCK_M, BLOCK_C, 8)
+    o_c = tl.arange(0, BLOCK_C)
+    b_x = tl.load(x + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+    if weight is not None:
+        b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    if bias is not None:
+        b_bias = tl.load(bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    if CENTER:
+        b_mean = tl.sum(b_x, axis=1) / C
+        b_x = tl.where((o_c < C)[None, :], b_x - b_mean[:, None], 0.0)
+        if stats is not None:
+            tl.store(stats + i_m + o_m, b_mean, mask=b_in_m)
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / C + eps)
+    if stats is not None:
+        tl.store(stats + rows + i_m + o_m, b_rstd, mask=b_in_m)
+    b_y = b_x * b_rstd[:, None]
+    if weight is not None:
+        b_y *= b_weight[None, :]
+    if bias is not None:
+        b_y += b_bias[None, :]
+    tl.store(y + i_m * C + o_mc, b_y.to(y.dtype.element_ty), mask=b_in)
+
+
+@triton.jit(do_not_specialize=['rows'])
+def _backward_kernel(
+    dy,
+    x,
+    weight,
+    stats,
+    dx,
+    sums,
+    rows,
+    C: tl.constexpr,
+    CENTER: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx, and of the program's rows the first NUM_SUMS of dweight and dbias, into [NUM_SUMS, programs, C].
+
+    With n the normed x and g = weight dy: dx = (g - n mean(g n) - mean(g)) / deviation.
+    """
+    o_c = tl.arange(0, BLOCK_C)
+    b_dweight = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    b_dbias = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    if weight is not None:
+        b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    for i_tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        i_m, o_m, b_in_m, o_mc, b_in = _tile(i_tile, rows, C, BLOCK_M, BLOCK_C, VEC)
+        # outside the mask dy is zero, and so is all that follows
+        b_grad = tl.load(dy + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+        b_norm = tl.load(x + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+        b_rstd = tl.load(stats + rows + i_m + o_m, mask=b_in_m, other=0.0)
+        if CENTER:
+            b_norm -= tl.load(stats + i_m + o_m, mask=b_in_m, other=0.0)[:, None]
+        b_norm *= b_rstd[:, None]
+        if NUM_SUMS > 0:
+            b_dweight += b_grad * b_norm
+        if NUM_SUMS > 1:
+            b_dbias += b_grad
+        if weight is not None:
+            b_grad *= b_weight[None, :]
+        b_dx = b_grad - b_norm * (tl.sum(b_grad * b_norm, axis=1) / C)[:, None]
+        if CENTER:
+            b_dx -= (tl.sum(b_grad, axis=1) / C)[:, None]
+        b_dx *= b_rstd[:, None]
+        tl.store(dx + i_m * C + o_mc, b_dx.to(dx.dtype.element_ty), mask=b_in)
+    p_sums = sums + tl.program_id(0) * C + o_c
+    if NUM_SUMS > 0:
+        tl.store(p_sums, tl.sum(b_dweight, axis=0), mask=o_c < C)
+    if NUM_SUMS > 1:
+        tl.store(p_sums + tl.num_programs(0) * C, tl.sum(b_dbias, axis=0), mask=o_c < C)
+
+
+class _Plan(NamedTuple):
+    """Tiles of the two passes; any gives the same result up to the order of sums."""
+
+    block_c: int
+    num_warps: int
+    forward_rows: int
+    backward_rows: int
+    stages: int
+
+
+_PROCESSOR_WARPS = 16  # warps of the backward pass that a multiprocessor's registers hold
+
+
+@functools.cache
+def _plan(channels: int) -> _Plan:
+    block_c = triton.next_power_of_2(channels)
+    num_warps = max(4, block_c // 512)
+    # elements a thread: 32 forward, 16 backward, where sums over rows take as many registers again
+    forward_rows, backward_rows = (max(1, elements * 32 * num_warps // block_c) for elements in (32, 16))
+    # the next tiles are on their way while one is worked on, as far as shared memory reaches
+    return _Plan(block_c, num_warps, forward_rows, backward_rows, stages=3 if block_c <= 2048 else 1)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    center: bool,
+    save_stats: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Normed x, and what :func:`backward` wants kept. x [..., C] is contiguous and not empty."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    plan = _plan(channels)
+    y = torch.empty_like(x, dtype=out_dtype)
+    stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if save_stats else None
+    with torch.cuda.device_of(x):  # nothing for CPU tensors
+        _forward_kernel[(-(-rows // plan.forward_rows),)](
+            x,
+            weight,
+            bias,
+            y,
+            stats,
+            rows,
+            eps,
+            C=channels,
+            CENTER=center,
+            BLOCK_M=plan.forward_rows,
+            BLOCK_C=plan.block_c,
+            num_warps=plan.num_warps,
+        )
+    return y, stats
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, center: bool, num_sums: int
+) -> tuple[Tensor, Tensor]:
+    """dx, and in float32 the first ``num_sums`` of dweight and dbias [num_sums, C]. dy and x are contiguous."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    plan = _plan(channels)
+    programs = min(-(-rows // plan.backward_rows), _num_processors(x.device) * _PROCESSOR_WARPS // plan.num_warps)
+    dx = torch.empty_like(x)
+    sums = torch.empty(num_sums, programs, channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(programs,)](
+            dy,
+            x,
+            weight,
+            stats,
+            dx,
+            sums,
+            rows,
+            C=channels,
+            CENTER=center,
+            NUM_SUMS=num_sums,
+            BLOCK_M=plan.backward_rows,
+            BLOCK_C=plan.block_c,
+            # loads and stores of two dtypes in one layout: tiles in two would not fit the registers
+            VEC=16 // max(x.itemsize, dy.itemsize),
+            STAGES=plan.stages,
+            num_warps=plan.num_warps,
+        )
+    return dx, sums.sum(1)
