@@ -37,6 +37,22 @@ __device__ __forceinline__ float rcp(float x) {
     return y;
 }
 
+// The same number, but the compiler does not know it.
+__device__ __forceinline__ unsigned long long opaque(unsigned long long x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
+// address + i * stride bytes, in one instruction.
+__device__ __forceinline__ unsigned long long offset(unsigned long long address, int i, int stride) {
+    unsigned long long y;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(y) : "r"(i), "r"(stride), "l"(address));
+    return y;
+}
+
+// In a rarely taken branch: keeps the compiler from computing both sides and selecting.
+__device__ __forceinline__ void rarely() { asm volatile(""); }
+
 // Conversions, to the nearest. 16-bit floats are rounded to even; TF32 rounds halves away from zero.
 
 __device__ __forceinline__ unsigned to_tf32(float x) {
@@ -249,6 +265,26 @@ __device__ __forceinline__ unsigned transpose(unsigned x) {
     unsigned y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
+}
+
+// Accesses of global memory whose address the compiler cannot trace back.
+
+__device__ __forceinline__ float4 load_global(const float4* address) {
+    float4 v;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_global(float4* address, float4 v) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_global(uint2* address, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // A load by the read-only path, of memory that nothing writes while the kernel runs.

@@ -347,6 +347,43 @@ inline void cp_async_wait() {
     emulator::finish_copies(emulator::current->groups - n);
 }
 
+struct AnyVote {
+    bool value, result;
+};
+
+inline bool __any_sync(unsigned mask, bool value) {
+    AnyVote data = {value, value};
+    auto perform = [](unsigned mask, void *const *lanes) {
+        bool any = false;
+        for (int i = 0; i < 32; i++) any |= (mask >> i & 1) && static_cast<AnyVote *>(lanes[i])->value;
+        for (int i = 0; i < 32; i++)
+            if (mask >> i & 1) static_cast<AnyVote *>(lanes[i])->result = any;
+    };
+    emulator::collective("a vote", mask, perform, &data);
+    return data.result;
+}
+
+// Lane 4 i + j holds row i, columns 2 j and 2 j + 1.
+inline unsigned transpose(unsigned x) {
+    const int row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;
+    unsigned turned = 0;
+    for (int e = 0; e < 2; e++) {
+        unsigned pair = __shfl_sync(emulator::WARP, x, 4 * (column + e) + row / 2);
+        turned |= (pair >> 16 * (row % 2) & 0xffffu) << 16 * e;
+    }
+    return turned;
+}
+
+inline unsigned long long opaque(unsigned long long x) { return x; }
+inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
+inline void rarely() {}
+
+inline float4 load_volatile(const float4 *smem) { return *smem; }
+inline void store_volatile(float4 *smem, float4 v) { *smem = v; }
+inline float4 load_global(const float4 *address) { return *address; }
+inline void store_global(float4 *address, float4 v) { *address = v; }
+inline void store_global(uint2 *address, uint2 v) { *address = v; }
+
 template <typename T>
 inline T ldg(const T *address) {
     return *address;
