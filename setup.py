@@ -51,7 +51,10 @@ setup(
     packages=find_packages(include=['vmzoo', 'vmzoo.*'])
     + find_packages('kernels', include=['vmzoo_kernels', 'vmzoo_kernels.*']),
     package_dir={'vmzoo': 'vmzoo', 'vmzoo_kernels': 'kernels/vmzoo_kernels'},
-    package_data={'vmzoo': ['models/*.json', 'weights/*.json']},
+    package_data={
+        'vmzoo': ['models/*.json', 'weights/*.json'],
+        'vmzoo_kernels': ['cuda/*.cu', 'cuda/*.cuh'],
+    },
     cmdclass={'build_py': BuildWithConfigs},
     install_requires=[
         # Reading pickled weights is unsafe in older releases (CVE-2025-32434, CVE-2026-24747).
