@@ -57,7 +57,8 @@ def _nvrtc() -> ctypes.CDLL:
             ctypes.CDLL(str(path))
         nvrtc = ctypes.CDLL(str(found / name) if found else name)
     except OSError as error:
-        raise RuntimeError(f'NVRTC of CUDA {major} is missing (pip install nvidia-cuda-nvrtc): {error}') from None
+        package = 'nvidia-cuda-nvrtc' + ('-cu12' if major == '12' else '')
+        raise RuntimeError(f'NVRTC of CUDA {major} is missing (pip install {package}): {error}') from None
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
     return nvrtc
 
