@@ -59,27 +59,27 @@ def _norm(
 
 @functools.cache
 def _device_has_triton(device: torch.device) -> bool:
-    return resolve_backend('auto', device) == 'triton'
+    return device.type == 'cuda' and resolve_backend('auto', device) == 'triton'
 
 
 def _can_fuse(x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
-    if torch.compiler.is_compiling() or not x.is_cuda:
+    device = x.device
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _device_has_triton(device):
         return False
     shape = x.shape[-1:]
     for v in (weight, bias):
-        if v is not None and (type(v) not in _PLAIN or v.shape != shape or v.device != x.device):
+        if v is not None and not (type(v) in _PLAIN and v.dtype in _DTYPES and v.device == device and v.shape == shape):
             return False
     return (
-        x.dtype in _DTYPES
+        type(x) in _PLAIN
+        and x.dtype in _DTYPES
         and out_dtype in _DTYPES
-        and type(x) in _PLAIN
         and x.numel() > 0
-        and shape[0] <= _MAX_CHANNELS
+        and x.ndim > 0
+        and shape.numel() <= _MAX_CHANNELS
         and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()  # fake tensors, tracers
-        and _device_has_triton(x.device)
+        and not torch._C._len_torch_dispatch_stack()  # tracers and the like
     )
 
 
