@@ -1,0 +1,71 @@
+"""Whole models: inference, training steps and their memory, eager and compiled."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import timm
+import torch
+
+import vmzoo  # noqa: F401  registers the models
+
+from .timing import NAN, Row, Setting
+
+
+def benchmark_models(
+    setting: Setting, names: Sequence[str], modes: Sequence[str], batch_size: int, img_size: int, train: bool
+) -> Iterator[Row]:
+    """One row a mode ('eager', 'compile') and model, with times over those of the first model in the same mode."""
+    for mode in modes:
+        baseline = None
+        for name in names:
+            figures = time_model(setting, name, mode, batch_size, img_size, train)
+            baseline = baseline or figures
+            row = {'model': name, 'mode': mode, 'batch': batch_size, 'size': img_size}
+            for phase in ('infer', 'train')[: 1 + train]:
+                ms = figures[f'{phase} ms']
+                row[f'{phase} first ms'] = figures[f'{phase} first ms']
+                row[f'{phase} ms'] = ms
+                row[f'{phase} img/s'] = 1e3 * batch_size / ms
+                row[f'{phase} time / {names[0]}'] = ms / baseline[f'{phase} ms']
+            if 'train peak GiB' in figures:
+                row['train peak GiB'] = figures['train peak GiB']
+            yield row
+
+
+def time_model(setting: Setting, name: str, mode: str, batch_size: int, img_size: int, train: bool) -> dict[str, float]:
+    """Times of inference and, with `train`, of forward and backward pass (no optimizer), under autocast."""
+    torch.compiler.reset()
+    setting.release_memory()
+    device = setting.device
+    model = timm.create_model(name).to(device).eval()
+    call = torch.compile(model) if mode == 'compile' else model
+    x = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    autocast = torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32)
+
+    def infer():
+        with torch.inference_mode(), autocast:
+            return call(x)
+
+    def step():
+        with autocast:
+            loss = call(x).float().square().mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    figures = dict(zip(('infer first ms', 'infer ms'), setting.measure(infer)))
+    if train:
+        model.train()
+        figures |= zip(('train first ms', 'train ms'), setting.measure(step))
+        if setting.on_gpu:
+            figures['train peak GiB'] = peak_memory(setting, step) / 2**30
+    return figures
+
+
+def peak_memory(setting: Setting, step: Callable[[], object]) -> float:
+    """Most bytes allocated during a step that was run before: weights and all that was there, and what it adds."""
+    setting.release_memory()
+    torch.cuda.reset_peak_memory_stats(setting.device)  # to what is allocated now
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        return NAN
+    return torch.cuda.max_memory_allocated(setting.device)
