@@ -47,7 +47,7 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y; mean and reciprocal deviation [2, M] too unless ``stats`` is None. Without CENTER the mean counts as zero."""
-    i_m, o_m, b_in_m, o_mc, b_in = _tile(tl.program_id(0), rows, C, BLOCK_M, BLOCK_C, 8)
+    i_m, o_m, b_in_m, o_mc, b_in = _tile(tl.program_id(0).to(tl.int64), rows, C, BLOCK_M, BLOCK_C, 8)
     o_c = tl.arange(0, BLOCK_C)
     b_x = tl.load(x + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
     if weight is not None:
@@ -91,12 +91,13 @@ def _backward_kernel(
 
     With n the normed x and g = weight dy: dx = (g - n mean(g n) - mean(g)) / deviation.
     """
+    i_program = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
     b_dweight = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     b_dbias = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if weight is not None:
         b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    for i_tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+    for i_tile in tl.range(i_program.to(tl.int32), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         i_m, o_m, b_in_m, o_mc, b_in = _tile(i_tile, rows, C, BLOCK_M, BLOCK_C, VEC)
         # outside the mask dy is zero, and so is all that follows
         b_grad = tl.load(dy + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
@@ -116,7 +117,7 @@ def _backward_kernel(
             b_dx -= (tl.sum(b_grad, axis=1) / C)[:, None]
         b_dx *= b_rstd[:, None]
         tl.store(dx + i_m * C + o_mc, b_dx.to(dx.dtype.element_ty), mask=b_in)
-    p_sums = sums + tl.program_id(0) * C + o_c
+    p_sums = sums + i_program * C + o_c
     if NUM_SUMS > 0:
         tl.store(p_sums, tl.sum(b_dweight, axis=0), mask=o_c < C)
     if NUM_SUMS > 1:
@@ -133,7 +134,7 @@ class _Plan(NamedTuple):
     stages: int
 
 
-_PROCESSOR_WARPS = 16  # warps of the backward pass that a multiprocessor's registers hold
+_PROCESSOR_WARPS = 16  # that a multiprocessor holds at the backward pass's 128 registers a thread: one wave of programs
 
 
 @functools.cache
