@@ -73,11 +73,13 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(device: torch.device, max_warps: int, batch_blocks: int, positions: int, steps: int, sums: bool) -> _Plan:
+def _plan(
+    device: torch.device, max_warps: int, batch_blocks: int, positions: int, steps: int, sums: bool, warp_bytes: int
+) -> _Plan:
     limit, multiprocessors = _device(device)
     tiles = -(-steps // TILE)
     map_bytes = 64 * positions if sums else 0
-    shared_sum = map_bytes + 64 * max_warps <= limit
+    shared_sum = map_bytes + warp_bytes * max_warps <= limit
     num_segments, segment_tiles = 1, tiles
     if not shared_sum:
         map_bytes = 0
@@ -97,7 +99,7 @@ def _plan(device: torch.device, max_warps: int, batch_blocks: int, positions: in
         if best is None or score > best[0] + 1e-6:
             best = (score, warps)
     warps = best[1]
-    return _Plan(warps, max(1, 4 // warps), num_segments, segment_tiles * TILE, shared_sum, map_bytes + 64 * warps)
+    return _Plan(warps, max(1, 4 // warps), num_segments, segment_tiles * TILE, shared_sum, map_bytes + warp_bytes * warps)
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
@@ -123,104 +125,161 @@ def _rows(dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         room = 8 * (-(-width // 8))
         return torch.as_strided(dt, (*dt.shape[:3], room), dt.stride(), dt.storage_offset())
     rows = dt.new_zeros((*dt.shape[:3], 8 * (-(-width // 8))))
-    torch.cat((dt, B, C), dim=-1, out=rows[..., :width]) if False else rows[..., :width].copy_(torch.cat((dt, B, C), -1))
+    rows[..., :rank], rows[..., rank : rank + d_state], rows[..., rank + d_state : width] = dt, B, C
     return rows
+
+
+_FORWARD = struct.Struct('14Q3q23i0q')
+_BACKWARD = struct.Struct('16Q4q26i0q')
+
+
+class _Scan:
+    """What the forward and the backward launches share: inputs as the kernels want them, sizes, constants, the plan."""
+
+    def __init__(self, inputs: ScanInputs, max_warps: int, sums: bool, smem):
+        x, dt, B, C, A, D, weight, bias, gather, merge, complete, _ = inputs
+        self.num_routes, self.dim, self.d_state = A.shape
+        self.rank = weight.shape[-1]
+        self.x = x = x if _aligned(x) else x.contiguous()
+        self.rows = _rows(dt, B, C)
+        self.A, self.D, self.weight, self.bias = (_contiguous(v) for v in (A, D, weight, bias))
+        self.batch, self.positions = x.shape[:2]
+        self.steps, self.sequence = gather[0].numel(), gather.shape[2]
+        self.same = gather.data_ptr() == merge.data_ptr()
+        self.gather, self.merge = gather.contiguous(), merge.contiguous()
+        self.blocks = self.dim // CHANNELS
+        self.plan = _plan(x.device, max_warps, self.batch * self.blocks, self.positions, self.steps, sums, smem)
+        self.mirrored = False
+        self.defines = (
+            ('IO', _TYPES[x.dtype]),
+            ('RANK', self.rank),
+            ('D_STATE', self.d_state),
+            ('WORDS', _words(self.rank + (2 if self.d_state == 1 else 0))),
+            ('MAX_WARPS', max_warps),
+            ('SHARED_SUM', int(self.plan.shared_sum)),
+            ('SAME_TABLE', int(self.same)),
+            ('SEQUENCES', int(self.sequence != self.steps)),
+            ('PADDED', int(not complete)),
+        )
+        self.segment_states = self.segment_deltas = None
+        if self.plan.num_segments > 1:
+            shape = (self.batch, self.num_routes, self.plan.num_segments, self.d_state, self.dim)
+            self.segment_states = x.new_empty(shape, dtype=torch.float32)
+            self.segment_deltas = x.new_empty((*shape[:3], self.dim), dtype=torch.float32)
+
+
+def _aligned(v: Tensor) -> bool:
+    """Whether four neighbouring channels can be loaded at once everywhere."""
+    return v.stride(-1) == 1 and not any(s % 4 for s in v.stride()[:-1]) and not v.data_ptr() % (4 * v.element_size())
+
+
+def _strides(v: Tensor) -> tuple[int, int, int]:
+    """Over batch items (elements), positions (bytes) and routes (elements) of [B, L, D] or [B, L, K, D]."""
+    return v.stride(0), v.stride(1) * v.element_size(), v.stride(2) if v.ndim == 4 else 0
+
+
+def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> None:
+    """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
+    if out.numel() == 0:
+        last.zero_()
+        return
+    d_state, num_routes = inputs.A.shape[-1], inputs.A.shape[0]
+    reduce = out.ndim == 3 and num_routes > 1
+    max_warps = _max_warps(d_state)
+    scan = _Scan(inputs, max_warps, reduce, 64 * d_state)
+    plan, x, rows = scan.plan, scan.x, scan.rows
+    shared_x = x.ndim == 3
+    sums = None
+    if reduce and not plan.shared_sum:
+        sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    defines = (
+        *scan.defines,
+        ('OUT', _TYPES[out.dtype]),
+        ('REDUCE', int(reduce)),
+        ('SKIP_ONCE', int(reduce and scan.same and shared_x)),
+    )
+    units = scan.batch * scan.blocks * plan.num_segments
+    tensors = (
+        *(x, rows, scan.A, scan.D, scan.weight, scan.bias, scan.gather, scan.merge, out, sums),
+        *(states if states.numel() else None, last, scan.segment_states, scan.segment_deltas),
+    )
+    (x_b, x_l, x_k), (rows_b, rows_l, rows_k), (y_b, y_l, y_k) = _strides(x), _strides(rows), _strides(out)
+
+    def launch(summary: bool, first: int, step: int, count: int, starts: bool, ends: bool) -> None:
+        kernel = load(_SOURCES / 'scan_forward.cu', (*defines, ('SUMMARY', int(summary))), 'scan_forward', x.device)
+        params = _FORWARD.pack(
+            *(_address(v) for v in tensors),
+            *(x_b, rows_b, y_b, x_l, rows_l, y_l, x_k, rows_k, y_k, rows.shape[3]),
+            *(scan.positions, scan.steps, scan.sequence, scan.dim, num_routes, scan.blocks, units, plan.warps),
+            *(plan.segment_steps, plan.num_segments, first, step, count, scan.mirrored, starts, ends),
+        )
+        unit_bytes = 64 * (d_state + 1) * plan.warps if summary else plan.unit_bytes
+        grid = -(-units // plan.units_per_block)
+        kernel.launch((grid,), 32 * plan.warps * plan.units_per_block, unit_bytes * plan.units_per_block, params)
+
+    launch(False, 0, 1, num_routes, True, True)
 
 
 def _max_warps(d_state: int) -> int:
     return 12 if d_state == 1 else 8
 
 
-_FORWARD = struct.Struct('14Q3q23i0q')
-
-
-def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> None:
-    """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
-    x, dt, B, C, A, D, weight, bias, gather, merge, complete, _ = inputs
-    num_routes, dim, d_state = A.shape
-    rank = weight.shape[-1]
-    if x.stride(-1) != 1 or any(s % 4 for s in x.stride()[:-1]) or x.data_ptr() % 8:
-        x = x.contiguous()
-    rows = _rows(dt, B, C)
-    A, D, weight, bias = (_contiguous(v) for v in (A, D, weight, bias))
-    batch, positions = x.shape[:2]
-    steps, sequence = gather[0].numel(), gather.shape[2]
-    gather, merge = gather.contiguous(), merge.contiguous()
-    reduce = out.ndim == 3 and num_routes > 1
-    same, shared_x = gather.data_ptr() == merge.data_ptr(), x.ndim == 3
-    max_warps = _max_warps(d_state)
-    blocks = dim // CHANNELS
-    plan = _plan(x.device, max_warps, batch * blocks, positions, steps, reduce)
-    if reduce and not plan.shared_sum:
-        sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    else:
-        sums = None
+def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
+    num_routes, dim, d_state = inputs.A.shape
+    rank = inputs.dt_weight.shape[-1]
+    sums_routes = inputs.x.ndim == 3 and num_routes > 1
+    columns, width = rank + d_state + 2, rank + 2 * d_state
+    scan = _Scan(inputs, 8, sums_routes, 64 * d_state + 64 * columns)
+    plan, x, rows, batch = scan.plan, scan.x, scan.rows, scan.batch
+    shared_x = x.ndim == 3
+    dy = dy if _aligned(dy) else dy.contiguous()
+    dx = torch.empty_like(x)
+    sums = None
+    if sums_routes and not plan.shared_sum:
+        sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    d_rows = x.new_empty((scan.blocks, batch, scan.positions, num_routes, width), dtype=torch.float32)
+    if not inputs.complete:
+        dx.zero_(), d_rows.zero_()
+    groups = -(-batch // plan.units_per_block)
+    d_params = x.new_empty((groups * plan.num_segments, num_routes, dim, columns), dtype=torch.float32)
+    skip_once = shared_x and scan.same and dy.ndim == 3
     defines = (
-        ('IO', _TYPES[x.dtype]),
-        ('OUT', _TYPES[out.dtype]),
-        ('RANK', rank),
-        ('D_STATE', d_state),
-        ('WORDS', _words(rank + (2 if d_state == 1 else 0))),
-        ('MAX_WARPS', max_warps),
-        ('REDUCE', int(reduce)),
-        ('SHARED_SUM', int(plan.shared_sum)),
-        ('SAME_TABLE', int(same)),
-        ('SKIP_ONCE', int(reduce and same and shared_x)),
-        ('SEQUENCES', int(sequence != steps)),
-        ('PADDED', int(not complete)),
+        *scan.defines,
+        ('DY', _TYPES[dy.dtype]),
+        ('SHARED_X', int(sums_routes)),
+        ('SKIP_ONCE', int(skip_once and sums_routes)),
     )
-    x_strides = (x.stride(0), x.stride(1), 0) if shared_x else x.stride()[:3]
-    y_strides = (out.stride(0), out.stride(1), 0) if out.ndim == 3 else out.stride()[:3]
-    units = batch * blocks * plan.num_segments
-    mirrored = plan.num_segments > 1 and _mirrored(num_routes)
-    split = plan.num_segments > 1
-    segment_states = segment_deltas = None
-    if split:
-        shape = (batch, num_routes, plan.num_segments, d_state, dim)
-        segment_states = x.new_empty(shape, dtype=torch.float32)
-        segment_deltas = x.new_empty((*shape[:3], dim), dtype=torch.float32)
+    tensors = (
+        *(dy, x, rows, scan.A, scan.D, scan.weight, scan.bias, scan.gather, scan.merge, states),
+        *(dx, sums, d_rows, d_params, scan.segment_states, scan.segment_deltas),
+    )
+    (dy_b, dy_l, dy_k), (x_b, x_l, x_k) = _strides(dy), _strides(x)
+    (rows_b, rows_l, rows_k), (dx_b, dx_l, dx_k) = _strides(rows), _strides(dx)
 
     def launch(summary: bool, first: int, step: int, count: int, starts: bool, ends: bool) -> None:
-        kernel = load(_SOURCES / 'scan_forward.cu', (*defines, ('SUMMARY', int(summary))), 'scan_forward', x.device)
-        pointers = (x, rows, A, D, weight, bias, gather, merge, out, sums, states if states.numel() else None, last)
-        params = _FORWARD.pack(
-            *(_address(v) for v in (*pointers, segment_states, segment_deltas)),
-            x_strides[0],
-            rows.stride(0),
-            y_strides[0],
-            x_strides[1] * 2,
-            rows.stride(1) * 2,
-            y_strides[1] * out.element_size(),
-            x_strides[2],
-            rows.stride(2),
-            y_strides[2],
-            rows.shape[3],
-            positions,
-            steps,
-            sequence,
-            dim,
-            num_routes,
-            blocks,
-            units,
-            plan.warps,
-            plan.segment_steps,
-            plan.num_segments,
-            first,
-            step,
-            count,
-            int(mirrored),
-            int(starts),
-            int(ends),
+        kernel = load(_SOURCES / 'scan_backward.cu', (*defines, ('SUMMARY', int(summary))), 'scan_backward', x.device)
+        params = _BACKWARD.pack(
+            *(_address(v) for v in tensors),
+            *(dy_b, x_b, rows_b, dx_b, dy_l, x_l, rows_l, dx_l, dy_k, x_k, rows_k, dx_k, rows.shape[3]),
+            *(scan.positions, scan.steps, scan.sequence, dim, num_routes, batch, scan.blocks, plan.warps),
+            *(plan.units_per_block, plan.segment_steps, plan.num_segments, first, step, count),
+            *(scan.mirrored, starts, ends),
         )
-        unit_bytes = 128 * plan.warps if summary else plan.unit_bytes
-        grid = -(-units // plan.units_per_block)
-        kernel.launch((grid,), 32 * plan.warps * plan.units_per_block, unit_bytes * plan.units_per_block, params)
+        grid = groups * plan.num_segments * scan.blocks
+        kernel.launch((grid,), 32 * plan.warps * plan.units_per_block, plan.unit_bytes * plan.units_per_block, params)
 
-    if out.numel() == 0:
-        last.zero_()
-        return
     launch(False, 0, 1, num_routes, True, True)
-
-
-def _mirrored(num_routes: int) -> bool:
-    return num_routes % 2 == 0
+    total = d_rows.sum(0)
+    d_params = d_params.sum(0)
+    d_weight, d_A, d_bias, d_D = d_params.split([rank, d_state, 1, 1], dim=-1)
+    d_D = d_D[..., 0]
+    if skip_once and sums_routes:  # the same for all routes, found with the last one
+        d_D = d_D[-1:].expand(num_routes, -1)
+    d_dt, d_B, d_C = total.split([rank, d_state, d_state], dim=-1)
+    return (
+        *(dx, d_dt, d_B, d_C, d_A),
+        None if inputs.D is None else d_D,
+        d_weight,
+        None if inputs.dt_bias is None else d_bias[..., 0],
+    )

@@ -283,6 +283,14 @@ __device__ __forceinline__ void store_global(float4* address, float4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_global(float2* address, float2 v) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global(float* address, float v) {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_global(uint2* address, uint2 v) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }

@@ -198,25 +198,28 @@ struct Maps {
 __device__ __forceinline__ void set(float (&v)[4], float4 from) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
 __device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// How warps hand the state on: each has a mailbox that the warp of the next tile empties. A box holds EMPTY, or data.
+// How warps hand a state on: for each of N states every warp has a mailbox, which the warp of the next tile empties. A
+// box holds EMPTY, or data.
 struct Mail {
-    float4* boxes;  // [W, 4]
+    float4* boxes;  // [N, W, 4]
     int warp, warps;
 
-    __device__ __forceinline__ void clear(Lane lane) {
-        if (lane.g == 0) boxes[4 * warp + lane.c] = make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f);
+    __device__ __forceinline__ void clear(int n, Lane lane) {
+        if (lane.g == 0) store_volatile(box(n, warp, lane.c), make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f));
     }
 
-    __device__ __forceinline__ void receive(float (&h)[4], Lane lane) {
-        float4* box = boxes + 4 * (warp == 0 ? warps - 1 : warp - 1) + lane.c;
+    __device__ __forceinline__ void receive(float (&h)[4], int n, Lane lane) {
+        float4* from = box(n, warp == 0 ? warps - 1 : warp - 1, lane.c);
         float4 v;
         do {
-            v = load_volatile(box);
+            v = load_volatile(from);
         } while (__any_sync(FULL, __float_as_uint(v.x) == EMPTY));
-        if (lane.g == 0) store_volatile(box, make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f));
+        if (lane.g == 0) store_volatile(from, make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f));
         __syncwarp();
         set(h, v);
     }
 
-    __device__ __forceinline__ void send(const float (&h)[4], int c) { store_volatile(boxes + 4 * warp + c, get(h)); }
+    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) { store_volatile(box(n, warp, c), get(h)); }
+
+    __device__ __forceinline__ float4* box(int n, int of, int c) { return boxes + 4 * (n * warps + of) + c; }
 };

@@ -16,7 +16,7 @@ struct Params {
     const int* merge;       // [K, steps]
     OUT* y;                 // [B, L, D], or [B, L, K, D] without REDUCE
     float* sums;            // [B, L, D], without SHARED_SUM
-    float* states;          // at the start of each tile [B, K, segments, tiles of a segment, N, D], or null
+    float* states;          // at the start of each tile [B, K, tiles, N, D], or null
     float* last;            // [B, K, D, N], or null
     float* segment_states;  // [B, K, segments, N, D], or null
     float* segment_deltas;  // [B, K, segments, D]
@@ -52,13 +52,15 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     const long long batch = unit / p.blocks / p.num_segments;
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
-    // Shared memory of the unit: [mailboxes of W warps | sum over routes [L, 16]]
-    const int unit_size = 4 * p.warps + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions : 0);
+    // Shared memory of the unit: [mailboxes | sum over routes [L, 16]]
+    const int mailboxes = 4 * D_STATE * p.warps;
+    const int unit_size = mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
     Mail mail = {shared, warp, p.warps};
-    float4* shared_sum = shared + 4 * p.warps + lane.c;  // + 4 position
+    float4* shared_sum = shared + mailboxes + lane.c;  // + 4 position
     float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
-    mail.clear(lane);
+#pragma unroll 1
+    for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
 
     float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
     if (SKIP_ONCE && p.D != nullptr) {
@@ -86,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
             int turned = p.steps - end;
             end = p.steps - begin, begin = turned;
         }
-        const int length = end - begin, tiles = (length + TILE - 1) / TILE, max_tiles = (p.segment_steps + TILE - 1) / TILE;
+        const int length = end - begin, tiles = (length + TILE - 1) / TILE;
+        const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
         const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
         const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
@@ -106,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         if (!SKIP_ONCE && p.D != nullptr) set(skip, *reinterpret_cast<const float4*>(p.D + k * p.dim + d));
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !REDUCE || (p.ends_sum && i_route == p.route_count - 1);
-        float4* states = reinterpret_cast<float4*>(p.states + (i_sequence * p.num_segments + i_segment) * max_tiles * D_STATE * p.dim + d);
+        float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
         float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 
         for (int tile = warp; tile < tiles; tile += p.warps) {
@@ -195,11 +198,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                 const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
                 if (tile > 0) {
-                    mail.receive(h, lane);
+                    mail.receive(h, n, lane);
                 } else if (p.segment_states != nullptr && !SUMMARY) {
                     set(h, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
                 }
-                if (p.states != nullptr && lane.g == 0 && !SUMMARY) states[(tile * D_STATE + n) * p.dim / 4] = get(h);
+                if (p.states != nullptr && lane.g == 0 && !SUMMARY) {
+                    *reinterpret_cast<float4*>(states + (long long)(tile * D_STATE + n) * p.dim) = get(h);
+                }
                 float after[4];
 #pragma unroll
                 for (int q = 0; q < 4; q++) {
@@ -208,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 }
                 if (lane.g == GROUPS - 1) {
                     if (tile + 1 < tiles) {
-                        mail.send(after, lane.c);
+                        mail.send(after, n, lane.c);
                     } else if (SUMMARY) {
                         *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(after);
                     } else if (p.last != nullptr && i_segment == p.num_segments - 1) {
@@ -276,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
 #pragma unroll
                 for (int q = 0; q < 4; q++) delta_sum[q] += __shfl_xor_sync(FULL, delta_sum[q], step);
             }
-            float4* parts = shared + 4 * p.warps;  // [W, 4]
+            float4* parts = shared + mailboxes;  // [W, 4]
             if (lane.g == 0) parts[4 * warp + lane.c] = get(delta_sum);
             if (p.warps > 1) {
                 bar_sync(1 + slot, 32 * p.warps);

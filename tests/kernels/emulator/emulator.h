@@ -382,6 +382,8 @@ inline float4 load_volatile(const float4 *smem) { return *smem; }
 inline void store_volatile(float4 *smem, float4 v) { *smem = v; }
 inline float4 load_global(const float4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
+inline void store_global(float2 *address, float2 v) { *address = v; }
+inline void store_global(float *address, float v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
 
 template <typename T>
