@@ -18,6 +18,9 @@ EXTRAS = {'train': 'vmzoo train', 'mm': 'segmentation, detection'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--selftest', action='store_true', help='also check every scan backend, in several shapes and dtypes'
+    )
     parser.epilog = 'exit code: 0 if everything that vmzoo needs is here and the scan computes correctly, else 1'
 
 
@@ -53,6 +56,16 @@ def run(args: argparse.Namespace) -> int:
         print(
             f'vmzoo doctor: error: the {chosen} backend computes wrong results here; please report it', file=sys.stderr
         )
+    if args.selftest:
+        from .selftest import run_selftest
+
+        if not run_selftest(device):
+            works = False
+            print(
+                'vmzoo doctor: error: the selftest found wrong results; VMZOO_SCAN_BACKEND=<another backend> avoids '
+                'them. Please report the table.',
+                file=sys.stderr,
+            )
     return 1 if unmet or not works else 0
 
 
