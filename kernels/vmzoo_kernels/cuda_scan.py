@@ -65,41 +65,66 @@ class _Plan(NamedTuple):
     """How a scan is cut into blocks."""
 
     warps: int  # of a unit
-    units_per_block: int
+    units: int  # of a block
+    items: int  # batch items of a unit, one after the other
     num_segments: int
     segment_steps: int
     shared_sum: bool
-    unit_bytes: int  # shared memory
+    groups: int  # of batch items, a block each (and for every channel block and segment)
+    shared_bytes: int  # of a block
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    device: torch.device, max_warps: int, batch_blocks: int, positions: int, steps: int, sums: bool, warp_bytes: int
+    device: torch.device,
+    max_warps: int,
+    batch: int,
+    blocks: int,
+    positions: int,
+    steps: int,
+    sums: bool,
+    warp_bytes: int,
 ) -> _Plan:
+    """A plan that fills the GPU.
+
+    Args:
+        device: Where it runs.
+        max_warps: That a multiprocessor has registers for.
+        batch: Batch items.
+        blocks: Blocks of 16 channels.
+        positions: L.
+        steps: Of a route.
+        sums: Routes are summed.
+        warp_bytes: Shared memory of a warp.
+    """
     limit, multiprocessors = _device(device)
+    capacity = max_warps * multiprocessors
     tiles = -(-steps // TILE)
     map_bytes = 64 * positions if sums else 0
     shared_sum = map_bytes + warp_bytes * max_warps <= limit
     num_segments, segment_tiles = 1, tiles
     if not shared_sum:
         map_bytes = 0
-        wanted = -(-4 * multiprocessors // batch_blocks)
-        segment_tiles = max(4 * max_warps, -(-tiles // wanted))
+        segment_tiles = max(4 * max_warps, -(-tiles * batch * blocks // (4 * multiprocessors)))
         segment_tiles = min(tiles, -(-segment_tiles // max_warps) * max_warps)
         num_segments = -(-tiles // segment_tiles)
-    # As many warps as the multiprocessor holds, of units whose tiles leave few of them idle.
-    resident = max(1, min(max_warps, limit // (map_bytes + 1024)))
-    best = None
-    for warps in range(1, max_warps + 1):
-        if warps > segment_tiles:
-            break
-        busy = max_warps // warps * warps if warps * resident >= max_warps else warps * resident
-        enough = min(1.0, batch_blocks * num_segments * warps / (2 * multiprocessors * max_warps))
-        score = busy / max_warps * enough * segment_tiles / (-(-segment_tiles // warps) * warps)
-        if best is None or score > best[0] + 1e-6:
-            best = (score, warps)
-    warps = best[1]
-    return _Plan(warps, max(1, 4 // warps), num_segments, segment_tiles * TILE, shared_sum, map_bytes + warp_bytes * warps)
+    # As many warps as there are registers for, of units whose tiles leave few of them idle.
+    best_score, warps = 0.0, 1
+    for candidate in range(1, min(max_warps, segment_tiles) + 1):
+        room = limit // (map_bytes + candidate * warp_bytes + 1024)
+        resident = candidate * min(room, max_warps // candidate)
+        filled = min(1.0, batch * blocks * num_segments * candidate / capacity)
+        score = resident * filled * segment_tiles / (-(-segment_tiles // candidate) * candidate)
+        if score > 1.01 * best_score:
+            best_score, warps = score, candidate
+    items = 1
+    if warps == 1 and num_segments == 1:
+        room = (limit - 8192) // max_warps - warp_bytes
+        items = max(1, min(-(-batch * blocks // capacity), room // max(map_bytes, 1), 8))
+    units = max(1, 4 // warps)
+    shared_bytes = units * (items * map_bytes + warps * warp_bytes)
+    groups = -(-batch // (units * items))
+    return _Plan(warps, units, items, num_segments, segment_tiles * TILE, shared_sum, groups, shared_bytes)
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:
@@ -129,14 +154,14 @@ def _rows(dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return rows
 
 
-_FORWARD = struct.Struct('14Q3q23i0q')
-_BACKWARD = struct.Struct('16Q4q26i0q')
+_FORWARD = struct.Struct('14Q3q25i0q')
+_BACKWARD = struct.Struct('16Q4q27i0q')
 
 
 class _Scan:
     """What the forward and the backward launches share: inputs as the kernels want them, sizes, constants, the plan."""
 
-    def __init__(self, inputs: ScanInputs, max_warps: int, sums: bool, smem):
+    def __init__(self, inputs: ScanInputs, max_warps: int, sums: bool, warp_bytes: int):
         x, dt, B, C, A, D, weight, bias, gather, merge, complete, _ = inputs
         self.num_routes, self.dim, self.d_state = A.shape
         self.rank = weight.shape[-1]
@@ -148,7 +173,9 @@ class _Scan:
         self.same = gather.data_ptr() == merge.data_ptr()
         self.gather, self.merge = gather.contiguous(), merge.contiguous()
         self.blocks = self.dim // CHANNELS
-        self.plan = _plan(x.device, max_warps, self.batch * self.blocks, self.positions, self.steps, sums, smem)
+        self.plan = _plan(
+            x.device, max_warps, self.batch, self.blocks, self.positions, self.steps, sums, warp_bytes
+        )
         self.mirrored = False
         self.defines = (
             ('IO', _TYPES[x.dtype]),
@@ -186,7 +213,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
     d_state, num_routes = inputs.A.shape[-1], inputs.A.shape[0]
     reduce = out.ndim == 3 and num_routes > 1
     max_warps = _max_warps(d_state)
-    scan = _Scan(inputs, max_warps, reduce, 64 * d_state)
+    scan = _Scan(inputs, max_warps, reduce, 64 * (d_state + 1))
     plan, x, rows = scan.plan, scan.x, scan.rows
     shared_x = x.ndim == 3
     sums = None
@@ -198,7 +225,6 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
         ('REDUCE', int(reduce)),
         ('SKIP_ONCE', int(reduce and scan.same and shared_x)),
     )
-    units = scan.batch * scan.blocks * plan.num_segments
     tensors = (
         *(x, rows, scan.A, scan.D, scan.weight, scan.bias, scan.gather, scan.merge, out, sums),
         *(states if states.numel() else None, last, scan.segment_states, scan.segment_deltas),
@@ -210,14 +236,17 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
         params = _FORWARD.pack(
             *(_address(v) for v in tensors),
             *(x_b, rows_b, y_b, x_l, rows_l, y_l, x_k, rows_k, y_k, rows.shape[3]),
-            *(scan.positions, scan.steps, scan.sequence, scan.dim, num_routes, scan.blocks, units, plan.warps),
+            *(scan.positions, scan.steps, scan.sequence, scan.dim, num_routes),
+            *(scan.batch, scan.blocks, plan.warps, plan.units, plan.items),
             *(plan.segment_steps, plan.num_segments, first, step, count, scan.mirrored, starts, ends),
         )
-        unit_bytes = 64 * (d_state + 1) * plan.warps if summary else plan.unit_bytes
-        grid = -(-units // plan.units_per_block)
-        kernel.launch((grid,), 32 * plan.warps * plan.units_per_block, unit_bytes * plan.units_per_block, params)
+        grid = plan.groups * plan.num_segments * scan.blocks
+        kernel.launch((grid,), 32 * plan.warps * plan.units, plan.shared_bytes, params)
 
     launch(False, 0, 1, num_routes, True, True)
+
+
+_BACKWARD_WARPS = 8
 
 
 def _max_warps(d_state: int) -> int:
@@ -230,7 +259,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     rank = inputs.dt_weight.shape[-1]
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
     columns, width = rank + d_state + 2, rank + 2 * d_state
-    scan = _Scan(inputs, 8, sums_routes, 64 * d_state + 64 * columns)
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * d_state + 64 * columns)
     plan, x, rows, batch = scan.plan, scan.x, scan.rows, scan.batch
     shared_x = x.ndim == 3
     dy = dy if _aligned(dy) else dy.contiguous()
@@ -238,11 +267,10 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     sums = None
     if sums_routes and not plan.shared_sum:
         sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    d_rows = x.new_empty((scan.blocks, batch, scan.positions, num_routes, width), dtype=torch.float32)
+    d_rows = x.new_empty((scan.blocks, batch, scan.positions, num_routes, width))
     if not inputs.complete:
         dx.zero_(), d_rows.zero_()
-    groups = -(-batch // plan.units_per_block)
-    d_params = x.new_empty((groups * plan.num_segments, num_routes, dim, columns), dtype=torch.float32)
+    d_params = x.new_empty((plan.groups * plan.num_segments, num_routes, dim, columns), dtype=torch.float32)
     skip_once = shared_x and scan.same and dy.ndim == 3
     defines = (
         *scan.defines,
@@ -263,14 +291,14 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
             *(_address(v) for v in tensors),
             *(dy_b, x_b, rows_b, dx_b, dy_l, x_l, rows_l, dx_l, dy_k, x_k, rows_k, dx_k, rows.shape[3]),
             *(scan.positions, scan.steps, scan.sequence, dim, num_routes, batch, scan.blocks, plan.warps),
-            *(plan.units_per_block, plan.segment_steps, plan.num_segments, first, step, count),
+            *(plan.units, plan.items, plan.segment_steps, plan.num_segments, first, step, count),
             *(scan.mirrored, starts, ends),
         )
-        grid = groups * plan.num_segments * scan.blocks
-        kernel.launch((grid,), 32 * plan.warps * plan.units_per_block, plan.unit_bytes * plan.units_per_block, params)
+        grid = plan.groups * plan.num_segments * scan.blocks
+        kernel.launch((grid,), 32 * plan.warps * plan.units, plan.shared_bytes, params)
 
     launch(False, 0, 1, num_routes, True, True)
-    total = d_rows.sum(0)
+    total = d_rows.sum(0, dtype=torch.float32)
     d_params = d_params.sum(0)
     d_weight, d_A, d_bias, d_D = d_params.split([rank, d_state, 1, 1], dim=-1)
     d_D = d_D[..., 0]

@@ -278,17 +278,27 @@ __device__ __forceinline__ float4 load_global(const float4* address) {
     return v;
 }
 
+__device__ __forceinline__ uint4 load_global(const uint4* address) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_global(float4* address, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
 }
 
-__device__ __forceinline__ void store_global(float2* address, float2 v) {
-    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(v.x), "f"(v.y) : "memory");
+__device__ __forceinline__ void store_global(unsigned* address, unsigned v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ void store_global(float* address, float v) {
-    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(v) : "memory");
+template <typename T>
+__device__ __forceinline__ void store_global(T* address, T v) {  // half_t or bfloat_t
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(v.v) : "memory");
 }
 
 __device__ __forceinline__ void store_global(uint2* address, uint2 v) {

@@ -92,6 +92,8 @@ struct Weights {
 };
 
 // A lane's words of a row of [dt | B | C], from where its first one is; zero where there is no room for more.
+// AGAIN: not what an earlier load of the same row left in registers.
+template <bool AGAIN = false>
 __device__ __forceinline__ void load_row(unsigned (&w)[WORDS], const IO* row, int room) {
 #pragma unroll
     for (int i = 0; i < WORDS; i += CHUNK) {
@@ -104,7 +106,8 @@ __device__ __forceinline__ void load_row(unsigned (&w)[WORDS], const IO* row, in
             uint2 v = inside ? ldg(reinterpret_cast<const uint2*>(p)) : make_uint2(0u, 0u);
             w[i] = v.x, w[i + 1] = v.y;
         } else {
-            uint4 v = inside ? ldg(reinterpret_cast<const uint4*>(p)) : make_uint4(0u, 0u, 0u, 0u);
+            uint4 v = make_uint4(0u, 0u, 0u, 0u);
+            if (inside) v = AGAIN ? load_global(reinterpret_cast<const uint4*>(p)) : ldg(reinterpret_cast<const uint4*>(p));
             w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
         }
     }

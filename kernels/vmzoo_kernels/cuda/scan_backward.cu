@@ -21,7 +21,7 @@ struct Params {
     const float* states;     // at the start of each tile [B, K, tiles, N, D]
     IO* dx;                  // as x
     float* sums;             // [B, L, D], without SHARED_SUM
-    float* d_rows;           // [channel blocks, B, L, K, R + 2 N]
+    IO* d_rows;              // [channel blocks, B, L, K, R + 2 N]
     float* d_params;         // [groups of batch items and segments, K, D, weight (R) | A (N) | bias | D]
     float* segment_states;   // [B, K, segments, N, D], or null
     float* segment_deltas;   // [B, K, segments, D]
@@ -29,7 +29,7 @@ struct Params {
     int dy_l, x_l, rows_l, dx_l;  // bytes; all others are elements
     int dy_k, x_k, rows_k, dx_k, rows_width;
     int positions, steps, sequence, dim, num_routes, batch;
-    int blocks, warps, units;                     // channel blocks, warps of a unit, units of a block
+    int blocks, warps, units, items;              // channel blocks, warps of a unit, units of a block, batch items of a unit
     int segment_steps, num_segments;
     int first_route, route_step, route_count;     // routes of this launch
     int mirrored;                                 // every other of these routes walks the segment backwards
@@ -91,9 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int slot = id / p.warps, warp = id % p.warps;
     const int block = blockIdx.x % p.blocks, segment = blockIdx.x / p.blocks % p.num_segments;
     const int group = blockIdx.x / p.blocks / p.num_segments;
-    const long long item = group * p.units + slot;
-    const bool active = item < p.batch;
-    const long long batch = active ? item : 0;
+    const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
     // Shared memory: [mailboxes | parameter gradients of each warp | sum over routes of each unit]
@@ -102,8 +100,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     float* parts = reinterpret_cast<float*>(mailboxes + 4 * D_STATE * all_warps);
     float4* maps = reinterpret_cast<float4*>(parts + CHANNELS * PARAMS * all_warps);
     Mail mail = {mailboxes + 4 * D_STATE * p.warps * slot, warp, p.warps};
-    float4* shared_sum = maps + (long long)slot * 4 * p.positions + lane.c;  // + 4 position
-    float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
 #pragma unroll 1
     for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
 
@@ -120,7 +116,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     for (int i_route = 0; i_route < p.route_count; i_route++) {
         __syncthreads();
         const int k = p.first_route + i_route * p.route_step;
-        const long long i_sequence = batch * p.num_routes + k;
         const bool reverse = p.mirrored && (i_route & 1);
         const int i_segment = reverse ? p.num_segments - 1 - segment : segment;
         int begin = segment * p.segment_steps, end = min(begin + p.segment_steps, p.steps);
@@ -128,17 +123,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             int turned = p.steps - end;
             end = p.steps - begin, begin = turned;
         }
-        const int length = end - begin, tiles = active ? (length + TILE - 1) / TILE : 0;
+        const int length = end - begin, tiles = (length + TILE - 1) / TILE;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
-        const DY* dy = pinned(p.dy + batch * p.dy_b + (long long)k * p.dy_k + d);
-        const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
-        const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
         const int* gather = pinned(p.gather + (long long)k * p.steps + begin);
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
-        IO* dx = pinned(p.dx + batch * p.dx_b + (long long)k * p.dx_k + d);
-        float* d_rows = pinned(p.d_rows + ((block * (long long)p.batch + batch) * p.positions * p.num_routes + k) * WIDTH);
-        const int d_rows_l = 4 * p.num_routes * WIDTH;
+        const int d_rows_l = 2 * p.num_routes * WIDTH;
         const int room = p.rows_width - column(lane.c, 0);
         const float* weight = p.weight + ((long long)k * p.dim + d0) * RANK;
         Weights weights;
@@ -150,7 +140,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !SHARED_X || (p.ends_sum && i_route == p.route_count - 1);
         const bool skips = p.D != nullptr && (!SKIP_ONCE || ends);
-        const float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
 
         float rate[4], d_A[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // for D_STATE 1
         if (D_STATE == 1) load_four(rate, A);
@@ -168,267 +157,298 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             __syncwarp();
         }
 
-        for (int turn = warp; turn < tiles; turn += p.warps) {
-            const int tile = tiles - 1 - turn;
-            const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
-            const bool whole = (tile + 1) * TILE <= length;
-            int pos[STEPS];
-            unsigned row[STEPS][WORDS];
-            uint2 xs[STEPS];
-            float dys[STEPS][4];
-            load_positions(pos, gather, t0, length, whole);
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                load_row(row[s], at(rows, from, p.rows_l), room);
-                xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
-                if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
-            }
-            if (!SAME_TABLE) {
-                int to[STEPS];
-                load_positions(to, merge, t0, length, whole);
+        for (int item = 0; item < items; item++) {
+            const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
+            float4* shared_sum = maps + (long long)(slot * p.items + item) * 4 * p.positions + lane.c;  // + 4 position
+            float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
+            const DY* dy = pinned(p.dy + batch * p.dy_b + (long long)k * p.dy_k + d);
+            const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
+            const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
+            IO* dx = pinned(p.dx + batch * p.dx_b + (long long)k * p.dx_k + d);
+            IO* d_rows = pinned(p.d_rows + ((block * (long long)p.batch + batch) * p.positions * p.num_routes + k) * WIDTH);
+            const float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
+
+            for (int turn = warp; turn < tiles; turn += p.warps) {
+                const int tile = tiles - 1 - turn;
+                const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
+                const bool whole = (tile + 1) * TILE <= length;
+                int pos[STEPS];
+                unsigned row[STEPS][WORDS];
+                uint2 xs[STEPS];
+                float dys[STEPS][4];
+                load_positions(pos, gather, t0, length, whole);
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    load_four(dys[s], at(dy, max(to[s], 0), p.dy_l));
-#pragma unroll
-                    for (int q = 0; q < 4; q++) dys[s][q] = to[s] < 0 ? 0.0f : dys[s][q];
+                    const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                    load_row(row[s], at(rows, from, p.rows_l), room);
+                    xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
+                    if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
                 }
-            }
-            if (PADDED || !whole) {
-                rarely();
+                if (!SAME_TABLE) {
+                    int to[STEPS];
+                    load_positions(to, merge, t0, length, whole);
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (pos[s] >= 0) continue;
-                    xs[s] = make_uint2(0u, 0u);
+                    for (int s = 0; s < STEPS; s++) {
+                        load_four(dys[s], at(dy, max(to[s], 0), p.dy_l));
 #pragma unroll
-                    for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
-                    if (SAME_TABLE) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) dys[s][q] = 0.0f;
+                        for (int q = 0; q < 4; q++) dys[s][q] = to[s] < 0 ? 0.0f : dys[s][q];
                     }
                 }
-            }
-            float delta[2 * MMA_ROWS][4];
-            project(delta, row, weights);
+                if (PADDED || !whole) {
+                    rarely();
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
+                    for (int s = 0; s < STEPS; s++) {
+                        if (pos[s] >= 0) continue;
+                        xs[s] = make_uint2(0u, 0u);
 #pragma unroll
-                for (int q = 0; q < 4; q++) delta[s][q] = softplus(delta[s][q]);
-            }
-            if (!whole) {
-                rarely();
+                        for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
+                        if (SAME_TABLE) {
+#pragma unroll
+                            for (int q = 0; q < 4; q++) dys[s][q] = 0.0f;
+                        }
+                    }
+                }
+                float delta[2 * MMA_ROWS][4];
+                project(delta, row, weights);
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
 #pragma unroll
-                    for (int q = 0; q < 4; q++) delta[s][q] = t0 + s < length ? delta[s][q] : 0.0f;
+                    for (int q = 0; q < 4; q++) delta[s][q] = softplus(delta[s][q]);
                 }
-            }
-            if (SUMMARY) {
+                if (!whole) {
+                    rarely();
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
+                    for (int s = 0; s < STEPS; s++) {
 #pragma unroll
-                    for (int q = 0; q < 4; q++) delta_sum[q] += delta[s][q];
+                        for (int q = 0; q < 4; q++) delta[s][q] = t0 + s < length ? delta[s][q] : 0.0f;
+                    }
                 }
-            }
+                if (SUMMARY) {
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) delta_sum[q] += delta[s][q];
+                    }
+                }
 
-            float d_delta[STEPS][4], d_u[STEPS][4];  // u = delta x
+                float d_delta[STEPS][4], d_u[STEPS][4];  // u = delta x
 #pragma unroll 1
-            for (int n = 0; n < D_STATE; n++) {
-                float B[STEPS], C[STEPS], d_B[STEPS], d_C[STEPS];
-                if (D_STATE > 1) {
+                for (int n = 0; n < D_STATE; n++) {
+                    float B[STEPS], C[STEPS], d_B[STEPS], d_C[STEPS];
+                    if (D_STATE > 1) {
 #pragma unroll
-                    for (int q = 0; q < 4; q++) rate[q] = ldg(A + q * D_STATE + n);
-                }
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (D_STATE == 1) {
-                        B[s] = broadcast<RANK>(row[s], lane_id);
-                        C[s] = broadcast<RANK + 1>(row[s], lane_id);
-                    } else {
-                        const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
-                        B[s] = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
-                        C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
+                        for (int q = 0; q < 4; q++) rate[q] = ldg(A + q * D_STATE + n);
                     }
-                    d_B[s] = d_C[s] = 0.0f;
-                }
-                float q_after[4] = {0.0f, 0.0f, 0.0f, 0.0f}, h_before[4];
-                const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
-                if (!SUMMARY) load_four(h_before, states + (long long)(tile * D_STATE + n) * p.dim);
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        if (D_STATE == 1) {
+                            B[s] = broadcast<RANK>(row[s], lane_id);
+                            C[s] = broadcast<RANK + 1>(row[s], lane_id);
+                        } else {
+                            const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
+                            B[s] = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
+                            C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
+                        }
+                        d_B[s] = d_C[s] = 0.0f;
+                    }
+                    float q_after[4] = {0.0f, 0.0f, 0.0f, 0.0f}, h_before[4];
+                    const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
+                    if (!SUMMARY) load_four(h_before, states + (long long)(tile * D_STATE + n) * p.dim);
 
-                // What the tile does to q.
-                float decay[STEPS][4];
-                Maps back;
+                    // What the tile does to q.
+                    float decay[STEPS][4];
+                    Maps back;
 #pragma unroll
-                for (int s = STEPS - 1; s >= 0; s--) {
+                    for (int s = STEPS - 1; s >= 0; s--) {
 #pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        decay[s][q] = ex2(delta[s][q] * (rate[q] * LOG2E));
-                        if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][q] = 0.0f;  // a new sequence
-                        back.a[q] = s == STEPS - 1 ? decay[s][q] : back.a[q] * decay[s][q];
-                        back.b[q] = s == STEPS - 1 ? C[s] * dys[s][q] : fmaf(C[s], dys[s][q], back.b[q]);
-                        back.b[q] *= decay[s][q];
+                        for (int q = 0; q < 4; q++) {
+                            decay[s][q] = ex2(delta[s][q] * (rate[q] * LOG2E));
+                            if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][q] = 0.0f;  // a new sequence
+                            back.a[q] = s == STEPS - 1 ? decay[s][q] : back.a[q] * decay[s][q];
+                            back.b[q] = s == STEPS - 1 ? C[s] * dys[s][q] : fmaf(C[s], dys[s][q], back.b[q]);
+                            back.b[q] *= decay[s][q];
+                        }
                     }
-                }
-                const Maps total = back.scan<true>(lane);
-                if (turn > 0) {
-                    mail.receive(q_after, n, lane);
-                } else if (p.segment_states != nullptr && !SUMMARY) {
-                    set(q_after, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
-                }
-                if (lane.g == 0) {
-                    float before[4];
+                    Maps map;  // what it does to h; of the decays both need the product
 #pragma unroll
-                    for (int q = 0; q < 4; q++) before[q] = fmaf(total.a[q], q_after[q], total.b[q]);
-                    if (turn + 1 < tiles) {
-                        mail.send(before, n, lane.c);
-                    } else if (SUMMARY) {
-                        *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(before);
+                    for (int q = 0; q < 4; q++) map.a[q] = back.a[q];
+                    const Maps total = back.scan<true>(lane);
+                    if (turn > 0) {
+                        mail.receive(q_after, n, lane);
+                    } else if (p.segment_states != nullptr && !SUMMARY) {
+                        set(q_after, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
+                    }
+                    if (lane.g == 0) {
+                        float before[4];
+#pragma unroll
+                        for (int q = 0; q < 4; q++) before[q] = fmaf(total.a[q], q_after[q], total.b[q]);
+                        if (turn + 1 < tiles) {
+                            mail.send(before, n, lane.c);
+                        } else if (SUMMARY) {
+                            *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(before);
+                        }
+                    }
+                    if (SUMMARY) continue;
+#pragma unroll
+                    for (int q = 0; q < 4; q++) q_after[q] = fmaf(back.a[q], q_after[q], back.b[q]);
+
+                    // The states before each step.
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
+                        const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            float input = delta[s][q] * x4[q] * B[s];
+                            map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
+                        }
+                    }
+                    map.scan<false>(lane);
+                    float d_rate[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float decayed[STEPS][2];  // exp(delta_t A) h_{t-1}: the state without the step's own input
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const int q = 2 * j + e;
+                            float h = fmaf(map.a[q], h_before[q], map.b[q]);
+#pragma unroll
+                            for (int s = 0; s < STEPS; s++) {
+                                float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
+                                decayed[s][e] = decay[s][q] * h;
+                                h = fmaf(delta[s][q] * (e == 0 ? pair.x : pair.y), B[s], decayed[s][e]);
+                                d_C[s] = fmaf(h, dys[s][q], d_C[s]);
+                            }
+                            float after = q_after[q];
+#pragma unroll
+                            for (int s = STEPS - 1; s >= 0; s--) {
+                                float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
+                                float g = fmaf(C[s], dys[s][q], after);
+                                after = decay[s][q] * g;
+                                d_B[s] = fmaf(g, delta[s][q] * (e == 0 ? pair.x : pair.y), d_B[s]);
+                                d_u[s][q] = n == 0 ? g * B[s] : fmaf(g, B[s], d_u[s][q]);
+                                float d_log = g * decayed[s][e];  // dL/d(delta A)
+                                d_delta[s][q] = n == 0 ? d_log * rate[q] : fmaf(d_log, rate[q], d_delta[s][q]);
+                                d_rate[q] = fmaf(d_log, delta[s][q], d_rate[q]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        float sum = sum_pair(d_B[s], d_C[s], lane);
+                        if (pos[s] >= 0 && lane.c % 2 == 0) {
+                            store_global(at(d_rows, pos[s], d_rows_l) + RANK + n + (lane.c == 0 ? 0 : D_STATE), from_float<IO>(sum));
+                        }
+                    }
+                    if (D_STATE == 1) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) d_A[q] += d_rate[q];
+                    } else {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            float sum = sum_groups(d_rate[q]);
+                            if (lane.g == 0) part[(4 * lane.c + q) * PARAMS + RANK + n] += sum;
+                        }
                     }
                 }
                 if (SUMMARY) continue;
-#pragma unroll
-                for (int q = 0; q < 4; q++) q_after[q] = fmaf(back.a[q], q_after[q], back.b[q]);
 
-                // The states before each step.
-                Maps map;
+                unsigned d_raw[STEPS + 1][2];  // before the softplus, packed
+                float d_x[STEPS][4];
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
                     float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
                     const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        float input = delta[s][q] * x4[q] * B[s];
-                        map.a[q] = s == 0 ? decay[s][q] : map.a[q] * decay[s][q];
-                        map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
-                    }
-                }
-                map.scan<false>(lane);
-                float d_rate[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float decayed[STEPS][2];  // exp(delta_t A) h_{t-1}: the state without the step's own input
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int q = 2 * j + e;
-                        float h = fmaf(map.a[q], h_before[q], map.b[q]);
-#pragma unroll
-                        for (int s = 0; s < STEPS; s++) {
-                            float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
-                            decayed[s][e] = decay[s][q] * h;
-                            h = fmaf(delta[s][q] * (e == 0 ? pair.x : pair.y), B[s], decayed[s][e]);
-                            d_C[s] = fmaf(h, dys[s][q], d_C[s]);
-                        }
-                        float after = q_after[q];
-#pragma unroll
-                        for (int s = STEPS - 1; s >= 0; s--) {
-                            float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
-                            float g = fmaf(C[s], dys[s][q], after);
-                            after = decay[s][q] * g;
-                            d_B[s] = fmaf(g, delta[s][q] * (e == 0 ? pair.x : pair.y), d_B[s]);
-                            d_u[s][q] = n == 0 ? g * B[s] : fmaf(g, B[s], d_u[s][q]);
-                            float d_log = g * decayed[s][e];  // dL/d(delta A)
-                            d_delta[s][q] = n == 0 ? d_log * rate[q] : fmaf(d_log, rate[q], d_delta[s][q]);
-                            d_rate[q] = fmaf(d_log, delta[s][q], d_rate[q]);
-                        }
-                    }
-                }
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    float sum = sum_pair(d_B[s], d_C[s], lane);
-                    if (pos[s] >= 0 && lane.c % 2 == 0) {
-                        store_global(at(d_rows, pos[s], d_rows_l) + RANK + n + (lane.c == 0 ? 0 : D_STATE), sum);
-                    }
-                }
-                if (D_STATE == 1) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) d_A[q] += d_rate[q];
-                } else {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        float sum = sum_groups(d_rate[q]);
-                        if (lane.g == 0) part[(4 * lane.c + q) * PARAMS + RANK + n] += sum;
-                    }
-                }
-            }
-            if (SUMMARY) continue;
-
-            unsigned d_raw[STEPS + 1][2];  // before the softplus, packed
-            float d_x[STEPS][4];
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
-                float v[4];
-#pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    d_x[s][q] = d_u[s][q] * delta[s][q];
-                    v[q] = fmaf(d_u[s][q], x4[q], d_delta[s][q]) * softplus_slope(delta[s][q]);
-                    d_bias[q] += v[q];
-                    if (skips) {
-                        d_x[s][q] = fmaf(skip[q], dys[s][q], d_x[s][q]);
-                        d_D[q] = fmaf(x4[q], dys[s][q], d_D[q]);
-                    }
-                }
-                d_raw[s][0] = pack2<IO>(v[0], v[1]), d_raw[s][1] = pack2<IO>(v[2], v[3]);
-            }
-            d_raw[STEPS][0] = d_raw[STEPS][1] = 0u;
-
-            // d_dt = d_raw . weight
-#pragma unroll
-            for (int m = 0; m < MMA_ROWS; m++) {
-                const unsigned a[4] = {d_raw[2 * m][0], d_raw[2 * m + 1][0], d_raw[2 * m][1], d_raw[2 * m + 1][1]};
-#pragma unroll
-                for (int i = 0; i < RANK_TILES; i++) {
-                    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                     float v[4];
-                    mma_k16<IO>(v, a, turned.b[i], zero);
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int s = 2 * m + half, r = 8 * i + 2 * lane.c;
-                        if (s >= STEPS || pos[s % STEPS] < 0) continue;
-                        float* to = at(d_rows, pos[s % STEPS], d_rows_l) + r;
-                        if (RANK % 2 == 0 && WIDTH % 2 == 0) {
-                            if (r < RANK) store_global(reinterpret_cast<float2*>(to), make_float2(v[2 * half], v[2 * half + 1]));
-                        } else {
-                            if (r < RANK) store_global(to, v[2 * half]);
-                            if (r + 1 < RANK) store_global(to + 1, v[2 * half + 1]);
+                    for (int q = 0; q < 4; q++) {
+                        d_x[s][q] = d_u[s][q] * delta[s][q];
+                        v[q] = fmaf(d_u[s][q], x4[q], d_delta[s][q]) * softplus_slope(delta[s][q]);
+                        d_bias[q] += v[q];
+                    }
+                    d_raw[s][0] = pack2<IO>(v[0], v[1]), d_raw[s][1] = pack2<IO>(v[2], v[3]);
+                }
+                d_raw[STEPS][0] = d_raw[STEPS][1] = 0u;
+                if (skips) {
+                    rarely();
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
+                        const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            d_x[s][q] = fmaf(skip[q], dys[s][q], d_x[s][q]);
+                            d_D[q] = fmaf(x4[q], dys[s][q], d_D[q]);
                         }
                     }
                 }
-            }
-            // d_weight += d_raw^T . dt
-#pragma unroll
-            for (int s = 0; s < STEPS; s += 2) {
-                const bool second = s + 1 < STEPS;
-                const unsigned a[4] = {transpose(d_raw[s][0]), transpose(d_raw[s][1]),
-                                       second ? transpose(d_raw[s + 1][0]) : 0u, second ? transpose(d_raw[s + 1][1]) : 0u};
-#pragma unroll
-                for (int i = 0; i < WORDS; i++) {
-                    if (column(0, i) >= RANK) continue;
-                    const unsigned b[2] = {transpose(row[s][i]), second ? transpose(row[(s + 1) % STEPS][i]) : 0u};
-                    mma_k16<IO>(d_weight[i], a, b, d_weight[i]);
-                }
-            }
 
-            // dx
-            if (SHARED_X && !starts) {
+                // d_dt = d_raw . weight
+#pragma unroll
+                for (int m = 0; m < MMA_ROWS; m++) {
+                    const unsigned a[4] = {d_raw[2 * m][0], d_raw[2 * m + 1][0], d_raw[2 * m][1], d_raw[2 * m + 1][1]};
+#pragma unroll
+                    for (int i = 0; i < RANK_TILES; i++) {
+                        const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                        float v[4];
+                        mma_k16<IO>(v, a, turned.b[i], zero);
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const int s = 2 * m + half, r = 8 * i + 2 * lane.c;
+                            if (s >= STEPS || pos[s % STEPS] < 0) continue;
+                            IO* to = at(d_rows, pos[s % STEPS], d_rows_l) + r;
+                            if (RANK % 2 == 0 && WIDTH % 2 == 0) {
+                                if (r < RANK) store_global(reinterpret_cast<unsigned*>(to), pack2<IO>(v[2 * half], v[2 * half + 1]));
+                            } else {
+                                if (r < RANK) store_global(to, from_float<IO>(v[2 * half]));
+                                if (r + 1 < RANK) store_global(to + 1, from_float<IO>(v[2 * half + 1]));
+                            }
+                        }
+                    }
+                }
+                // d_weight += d_raw^T . dt
+#pragma unroll
+                for (int s = 0; s < STEPS; s += 2) {
+                    const bool second = s + 1 < STEPS;
+                    if (WORDS > 2) {  // long rows were not kept in registers; past the end d_raw is zero
+#pragma unroll
+                        for (int i = s; i < s + 2 && i < STEPS; i++) {
+                            load_row<true>(row[i], at(rows, max(pos[i], 0), p.rows_l), room);
+                            if (!PADDED || pos[i] >= 0) continue;
+#pragma unroll
+                            for (int w = 0; w < WORDS; w++) row[i][w] = 0u;
+                        }
+                    }
+                    const unsigned a[4] = {transpose(d_raw[s][0]), transpose(d_raw[s][1]),
+                                           second ? transpose(d_raw[s + 1][0]) : 0u, second ? transpose(d_raw[s + 1][1]) : 0u};
+#pragma unroll
+                    for (int i = 0; i < WORDS; i++) {
+                        if (column(0, i) >= RANK) continue;
+                        const unsigned b[2] = {transpose(row[s][i]), second ? transpose(row[(s + 1) % STEPS][i]) : 0u};
+                        mma_k16<IO>(d_weight[i], a, b, d_weight[i]);
+                    }
+                }
+
+                // dx
+                if (SHARED_X && !starts) {
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                        float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
+                        d_x[s][0] += v.x, d_x[s][1] += v.y, d_x[s][2] += v.z, d_x[s][3] += v.w;
+                    }
+                }
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                    float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
-                    d_x[s][0] += v.x, d_x[s][1] += v.y, d_x[s][2] += v.z, d_x[s][3] += v.w;
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                if (pos[s] < 0) continue;
-                if (ends) {
-                    store_global(reinterpret_cast<uint2*>(at(dx, pos[s], p.dx_l)),
-                                 make_uint2(pack2<IO>(d_x[s][0], d_x[s][1]), pack2<IO>(d_x[s][2], d_x[s][3])));
-                } else if (SHARED_SUM) {
-                    shared_sum[4 * pos[s]] = get(d_x[s]);
-                } else {
-                    store_global(at(global_sum, pos[s], 4 * p.dim), get(d_x[s]));
+                    if (pos[s] < 0) continue;
+                    if (ends) {
+                        store_global(reinterpret_cast<uint2*>(at(dx, pos[s], p.dx_l)),
+                                     make_uint2(pack2<IO>(d_x[s][0], d_x[s][1]), pack2<IO>(d_x[s][2], d_x[s][3])));
+                    } else if (SHARED_SUM) {
+                        shared_sum[4 * pos[s]] = get(d_x[s]);
+                    } else {
+                        store_global(at(global_sum, pos[s], 4 * p.dim), get(d_x[s]));
+                    }
                 }
             }
         }
@@ -459,12 +479,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         }
         __syncthreads();
         if (SUMMARY) {
-            if (active && warp == 0 && lane.g == 0) {
+            if (items > 0 && warp == 0 && lane.g == 0) {
                 float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 for (int w = 0; w < p.warps; w++) {
                     float4 v = *reinterpret_cast<float4*>(part + w * CHANNELS * PARAMS + 4 * lane.c);
                     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
                 }
+                const long long i_sequence = (long long)first_item * p.num_routes + k;
                 *reinterpret_cast<float4*>(p.segment_deltas + (i_sequence * p.num_segments + i_segment) * p.dim + d) = sum;
             }
         } else {

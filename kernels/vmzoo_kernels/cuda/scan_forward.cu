@@ -24,7 +24,7 @@ struct Params {
     int x_l, rows_l, y_l;  // bytes; all others are elements
     int x_k, rows_k, y_k, rows_width;
     int positions, steps, sequence, dim, num_routes;
-    int blocks, units, warps;                          // channel blocks, units of the launch, warps of a unit
+    int batch, blocks, warps, units, items;            // channel blocks, warps of a unit, units of a block, batch items of a unit
     int segment_steps, num_segments;
     int first_route, route_step, route_count;          // routes of this launch
     int mirrored;                                      // every other of these routes walks the segment backwards
@@ -46,19 +46,17 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     const Lane lane;
     const int id = threadIdx.x >> 5, lane_id = threadIdx.x & 31;
     const int slot = id / p.warps, warp = id % p.warps;
-    const int unit = blockIdx.x * (blockDim.x / 32 / p.warps) + slot;
-    if (unit >= p.units) return;
-    const int block = unit % p.blocks, segment = unit / p.blocks % p.num_segments;
-    const long long batch = unit / p.blocks / p.num_segments;
+    const int block = blockIdx.x % p.blocks, segment = blockIdx.x / p.blocks % p.num_segments;
+    const int group = blockIdx.x / p.blocks / p.num_segments;
+    const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
+    if (items <= 0) return;
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
     // Shared memory of the unit: [mailboxes | sum over routes [L, 16]]
     const int mailboxes = 4 * D_STATE * p.warps;
-    const int unit_size = mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions : 0);
+    const int unit_size = mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
     Mail mail = {shared, warp, p.warps};
-    float4* shared_sum = shared + mailboxes + lane.c;  // + 4 position
-    float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
 #pragma unroll 1
     for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
 
@@ -79,7 +77,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
             __syncwarp();
         }
         const int k = p.first_route + i_route * p.route_step;
-        const long long i_sequence = batch * p.num_routes + k;
         // Segments are mirrored, so that a route and its reverse meet the same positions.
         const bool reverse = p.mirrored && (i_route & 1);
         const int i_segment = reverse ? p.num_segments - 1 - segment : segment;
@@ -91,11 +88,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         const int length = end - begin, tiles = (length + TILE - 1) / TILE;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
-        const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
-        const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
         const int* gather = pinned(p.gather + (long long)k * p.steps + begin);
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
-        OUT* y = pinned(p.y + batch * p.y_b + (REDUCE ? 0 : (long long)k * p.y_k) + d);
         const int room = p.rows_width - column(lane.c, 0);
         Weights weights;
         weights.load(p.weight + ((long long)k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d, lane);
@@ -109,167 +103,176 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         if (!SKIP_ONCE && p.D != nullptr) set(skip, *reinterpret_cast<const float4*>(p.D + k * p.dim + d));
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !REDUCE || (p.ends_sum && i_route == p.route_count - 1);
-        float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
         float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 
-        for (int tile = warp; tile < tiles; tile += p.warps) {
-            const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
-            const bool whole = (tile + 1) * TILE <= length;
-            int pos[STEPS];
-            unsigned row[STEPS][WORDS];
-            uint2 xs[STEPS];
-            load_positions(pos, gather, t0, length, whole);
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                load_row(row[s], at(rows, from, p.rows_l), room);
-                xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
-            }
-            if (PADDED || !whole) {
-                rarely();
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (pos[s] >= 0) continue;
-                    xs[s] = make_uint2(0u, 0u);
-#pragma unroll
-                    for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
-                }
-            }
-            float delta[2 * MMA_ROWS][4];
-            project(delta, row, weights);
-            float u[STEPS][4];  // delta x
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
-#pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    delta[s][q] = softplus(delta[s][q]);
-                    u[s][q] = delta[s][q] * x4[q];
-                }
-            }
-            if (!whole) {  // A step past the end leaves the state alone; padding inside the route does not.
-                rarely();
+        for (int item = 0; item < items; item++) {
+            const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
+            float4* shared_sum = shared + mailboxes + item * 4 * p.positions + lane.c;  // + 4 position
+            float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
+            const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
+            const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
+            OUT* y = pinned(p.y + batch * p.y_b + (REDUCE ? 0 : (long long)k * p.y_k) + d);
+            float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
+
+            for (int tile = warp; tile < tiles; tile += p.warps) {
+                const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
+                const bool whole = (tile + 1) * TILE <= length;
+                int pos[STEPS];
+                unsigned row[STEPS][WORDS];
+                uint2 xs[STEPS];
+                load_positions(pos, gather, t0, length, whole);
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) delta[s][q] = t0 + s < length ? delta[s][q] : 0.0f;
+                    const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                    load_row(row[s], at(rows, from, p.rows_l), room);
+                    xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                 }
-            }
-            if (SUMMARY) {
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) delta_sum[q] += delta[s][q];
-                }
-            }
-            float out[STEPS][4];
-#pragma unroll 1
-            for (int n = 0; n < D_STATE; n++) {
-                float decay[STEPS][4], C[STEPS];
-                Maps map;
-                if (D_STATE > 1) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) decay_rate[q] = A[q * D_STATE + n] * LOG2E;
-                }
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    float B;
-                    if (D_STATE == 1) {
-                        B = broadcast<RANK>(row[s], lane_id);
-                        C[s] = broadcast<RANK + 1>(row[s], lane_id);
-                    } else {
-                        const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
-                        B = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
-                        C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
-                    }
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        decay[s][q] = ex2(delta[s][q] * decay_rate[q]);
-                        if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][q] = 0.0f;  // a new sequence
-                        float input = u[s][q] * B;
-                        if (D_STATE == 1) u[s][q] = input;
-                        map.a[q] = s == 0 ? decay[s][q] : map.a[q] * decay[s][q];
-                        map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
-                    }
-                    if (D_STATE > 1) row[s][0] = __float_as_uint(B);
-                }
-                const Maps total = map.scan<false>(lane);
-                float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
-                if (tile > 0) {
-                    mail.receive(h, n, lane);
-                } else if (p.segment_states != nullptr && !SUMMARY) {
-                    set(h, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
-                }
-                if (p.states != nullptr && lane.g == 0 && !SUMMARY) {
-                    *reinterpret_cast<float4*>(states + (long long)(tile * D_STATE + n) * p.dim) = get(h);
-                }
-                float after[4];
-#pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    after[q] = fmaf(total.a[q], h[q], total.b[q]);
-                    h[q] = fmaf(map.a[q], h[q], map.b[q]);
-                }
-                if (lane.g == GROUPS - 1) {
-                    if (tile + 1 < tiles) {
-                        mail.send(after, n, lane.c);
-                    } else if (SUMMARY) {
-                        *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(after);
-                    } else if (p.last != nullptr && i_segment == p.num_segments - 1) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) p.last[(i_sequence * p.dim + d + q) * D_STATE + n] = after[q];
-                    }
-                }
-                if (SUMMARY) continue;
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        float input = D_STATE == 1 ? u[s][q] : u[s][q] * __uint_as_float(row[s][0]);
-                        h[q] = fmaf(decay[s][q], h[q], input);
-                        out[s][q] = n == 0 ? C[s] * h[q] : fmaf(C[s], h[q], out[s][q]);
-                    }
-                }
-            }
-            if (SUMMARY) continue;
-            if (!SAME_TABLE) {
-                load_positions(pos, merge, t0, length, whole);
-            }
-            if (p.D != nullptr && (!SKIP_ONCE || ends)) {
-                if (SKIP_ONCE) {  // no register held them until here
+                if (PADDED || !whole) {
+                    rarely();
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, max(pos[s], 0), p.x_l)));
+                        if (pos[s] >= 0) continue;
+                        xs[s] = make_uint2(0u, 0u);
+#pragma unroll
+                        for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
                     }
                 }
+                float delta[2 * MMA_ROWS][4];
+                project(delta, row, weights);
+                float u[STEPS][4];  // delta x
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
                     float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                    out[s][0] = fmaf(skip[0], lo.x, out[s][0]), out[s][1] = fmaf(skip[1], lo.y, out[s][1]);
-                    out[s][2] = fmaf(skip[2], hi.x, out[s][2]), out[s][3] = fmaf(skip[3], hi.y, out[s][3]);
-                }
-            }
-            if (REDUCE && !starts) {
+                    const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                    float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
-                    out[s][0] += v.x, out[s][1] += v.y, out[s][2] += v.z, out[s][3] += v.w;
+                    for (int q = 0; q < 4; q++) {
+                        delta[s][q] = softplus(delta[s][q]);
+                        u[s][q] = delta[s][q] * x4[q];
+                    }
                 }
-            }
-            if (ends) {
+                if (!whole) {  // A step past the end leaves the state alone; padding inside the route does not.
+                    rarely();
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (pos[s] >= 0) store4<OUT>(at(y, pos[s], p.y_l), out[s]);
+                    for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) delta[s][q] = t0 + s < length ? delta[s][q] : 0.0f;
+                    }
                 }
-            } else {
+                if (SUMMARY) {
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (SHARED_SUM) {
-                        if (pos[s] >= 0) shared_sum[4 * pos[s]] = get(out[s]);
-                    } else {
-                        if (pos[s] >= 0) store_global(at(global_sum, pos[s], 4 * p.dim), get(out[s]));
+                    for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) delta_sum[q] += delta[s][q];
+                    }
+                }
+                float out[STEPS][4];
+#pragma unroll 1
+                for (int n = 0; n < D_STATE; n++) {
+                    float decay[STEPS][4], C[STEPS];
+                    Maps map;
+                    if (D_STATE > 1) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) decay_rate[q] = A[q * D_STATE + n] * LOG2E;
+                    }
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        float B;
+                        if (D_STATE == 1) {
+                            B = broadcast<RANK>(row[s], lane_id);
+                            C[s] = broadcast<RANK + 1>(row[s], lane_id);
+                        } else {
+                            const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
+                            B = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
+                            C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
+                        }
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            decay[s][q] = ex2(delta[s][q] * decay_rate[q]);
+                            if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][q] = 0.0f;  // a new sequence
+                            float input = u[s][q] * B;
+                            if (D_STATE == 1) u[s][q] = input;
+                            map.a[q] = s == 0 ? decay[s][q] : map.a[q] * decay[s][q];
+                            map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
+                        }
+                        if (D_STATE > 1) row[s][0] = __float_as_uint(B);
+                    }
+                    const Maps total = map.scan<false>(lane);
+                    float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
+                    if (tile > 0) {
+                        mail.receive(h, n, lane);
+                    } else if (p.segment_states != nullptr && !SUMMARY) {
+                        set(h, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
+                    }
+                    if (p.states != nullptr && lane.g == 0 && !SUMMARY) {
+                        *reinterpret_cast<float4*>(states + (long long)(tile * D_STATE + n) * p.dim) = get(h);
+                    }
+                    float after[4];
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        after[q] = fmaf(total.a[q], h[q], total.b[q]);
+                        h[q] = fmaf(map.a[q], h[q], map.b[q]);
+                    }
+                    if (lane.g == GROUPS - 1) {
+                        if (tile + 1 < tiles) {
+                            mail.send(after, n, lane.c);
+                        } else if (SUMMARY) {
+                            *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(after);
+                        } else if (p.last != nullptr && i_segment == p.num_segments - 1) {
+#pragma unroll
+                            for (int q = 0; q < 4; q++) p.last[(i_sequence * p.dim + d + q) * D_STATE + n] = after[q];
+                        }
+                    }
+                    if (SUMMARY) continue;
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            float input = D_STATE == 1 ? u[s][q] : u[s][q] * __uint_as_float(row[s][0]);
+                            h[q] = fmaf(decay[s][q], h[q], input);
+                            out[s][q] = n == 0 ? C[s] * h[q] : fmaf(C[s], h[q], out[s][q]);
+                        }
+                    }
+                }
+                if (SUMMARY) continue;
+                if (!SAME_TABLE) {
+                    load_positions(pos, merge, t0, length, whole);
+                }
+                if (p.D != nullptr && (!SKIP_ONCE || ends)) {
+                    if (SKIP_ONCE) {  // no register held them until here
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, max(pos[s], 0), p.x_l)));
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
+                        out[s][0] = fmaf(skip[0], lo.x, out[s][0]), out[s][1] = fmaf(skip[1], lo.y, out[s][1]);
+                        out[s][2] = fmaf(skip[2], hi.x, out[s][2]), out[s][3] = fmaf(skip[3], hi.y, out[s][3]);
+                    }
+                }
+                if (REDUCE && !starts) {
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                        float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
+                        out[s][0] += v.x, out[s][1] += v.y, out[s][2] += v.z, out[s][3] += v.w;
+                    }
+                }
+                if (ends) {
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        if (pos[s] >= 0) store4<OUT>(at(y, pos[s], p.y_l), out[s]);
+                    }
+                } else {
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        if (SHARED_SUM) {
+                            if (pos[s] >= 0) shared_sum[4 * pos[s]] = get(out[s]);
+                        } else {
+                            if (pos[s] >= 0) store_global(at(global_sum, pos[s], 4 * p.dim), get(out[s]));
+                        }
                     }
                 }
             }
@@ -294,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     float4 v = parts[4 * w + lane.c];
                     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
                 }
-                *reinterpret_cast<float4*>(p.segment_deltas + (i_sequence * p.num_segments + i_segment) * p.dim + d) = sum;
+                *reinterpret_cast<float4*>(p.segment_deltas + (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.dim + d) = sum;
             }
         }
     }

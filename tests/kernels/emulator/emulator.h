@@ -381,10 +381,13 @@ inline void rarely() {}
 inline float4 load_volatile(const float4 *smem) { return *smem; }
 inline void store_volatile(float4 *smem, float4 v) { *smem = v; }
 inline float4 load_global(const float4 *address) { return *address; }
+inline uint4 load_global(const uint4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
-inline void store_global(float2 *address, float2 v) { *address = v; }
-inline void store_global(float *address, float v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
+template <typename T>
+inline void store_global(T *address, T v) {
+    *address = v;
+}
 
 template <typename T>
 inline T ldg(const T *address) {
