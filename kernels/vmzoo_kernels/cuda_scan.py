@@ -37,8 +37,8 @@ def why_not(dtype: torch.dtype, dim: int, d_state: int, rank: int) -> str | None
         return f'it takes a multiple of {CHANNELS} channels, not {dim}'
     if not rank:
         return 'it takes low-rank step sizes'
-    if rank + 2 > 8 * _MAX_WORDS:
-        return f'it takes dt_rank up to {8 * _MAX_WORDS - 2}, not {rank}'
+    if _words(rank + 2 * d_state) > _MAX_WORDS:
+        return f'it takes dt_rank + 2 d_state up to {8 * _MAX_WORDS}, not {rank + 2 * d_state}'
     return None
 
 
@@ -46,6 +46,11 @@ def _words(columns: int) -> int:
     """32-bit words that each of 4 lanes loads of a row."""
     words = -(-columns // 8)
     return words if words < 3 else -(-words // 4) * 4
+
+
+def _staged_bytes(inputs: ScanInputs) -> int:
+    """Shared memory of a warp for the rows of a tile."""
+    return 16 * TILE * _words(inputs.dt_weight.shape[-1] + 2 * inputs.A.shape[-1])
 
 
 class _Device(NamedTuple):
@@ -181,7 +186,7 @@ class _Scan:
             ('IO', _TYPES[x.dtype]),
             ('RANK', self.rank),
             ('D_STATE', self.d_state),
-            ('WORDS', _words(self.rank + (2 if self.d_state == 1 else 0))),
+            ('WORDS', _words(self.rank + 2 * self.d_state)),
             ('MAX_WARPS', max_warps),
             ('SHARED_SUM', int(self.plan.shared_sum)),
             ('SAME_TABLE', int(self.same)),
@@ -213,7 +218,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
     d_state, num_routes = inputs.A.shape[-1], inputs.A.shape[0]
     reduce = out.ndim == 3 and num_routes > 1
     max_warps = _max_warps(d_state)
-    scan = _Scan(inputs, max_warps, reduce, 64 * (d_state + 1))
+    scan = _Scan(inputs, max_warps, reduce, 64 * (d_state + 1) + _staged_bytes(inputs))
     plan, x, rows = scan.plan, scan.x, scan.rows
     shared_x = x.ndim == 3
     sums = None
@@ -259,7 +264,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     rank = inputs.dt_weight.shape[-1]
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
     columns, width = rank + d_state + 2, rank + 2 * d_state
-    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * d_state + 64 * columns)
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * (d_state + columns) + _staged_bytes(inputs))
     plan, x, rows, batch = scan.plan, scan.x, scan.rows, scan.batch
     shared_x = x.ndim == 3
     dy = dy if _aligned(dy) else dy.contiguous()

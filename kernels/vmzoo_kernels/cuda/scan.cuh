@@ -6,16 +6,20 @@
 // order. So raw step sizes come from the matrix unit, a thread scans its steps in registers, the 8 groups of a warp are
 // joined by shuffles, and the warps hand the state on through shared memory.
 //
+// While a warp works a tile it loads the projected rows of the next one into shared memory.
+//
 // Defined by the launcher: IO (half_t or bfloat_t, dtype of what flows), RANK, D_STATE, WORDS (32-bit words of a
-// projected row that a lane loads).
+// projected row that a lane loads), PADDED (tables hold -1).
 
 constexpr int STEPS = 7;
 constexpr int GROUPS = 8;
 constexpr int TILE = GROUPS * STEPS;
 constexpr int CHANNELS = 16;
 constexpr int MMA_ROWS = (STEPS + 1) / 2;
-constexpr int MMA_STEPS = WORDS == 1 ? 1 : WORDS / 2;
 constexpr int CHUNK = WORDS < 4 ? WORDS : 4;  // words of one load
+constexpr int ROW_COLUMNS = D_STATE == 1 ? RANK + 2 : RANK;
+constexpr int ROW_WORDS = (ROW_COLUMNS + 8 * CHUNK - 1) / (8 * CHUNK) * CHUNK;  // that a lane keeps in registers
+constexpr int MMA_STEPS = ROW_WORDS == 1 ? 1 : ROW_WORDS / 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned FULL = 0xffffffffu;
 constexpr unsigned EMPTY = 0xffffffffu;  // no arithmetic yields this NaN
@@ -65,7 +69,7 @@ __device__ __forceinline__ int channel_of(int j, int n) { return 4 * (n >> 1) + 
 
 // dt_weight of the unit's channels as the second operand of a product over dt.
 struct Weights {
-    unsigned b[2][WORDS];
+    unsigned b[2][ROW_WORDS];
     float bias[2][4];  // where the product starts from
 
     // dt_weight [16, R] of the unit's channels, dt_bias [4] of the lane's, or null.
@@ -82,7 +86,7 @@ struct Weights {
             }
             const float* row = weight + channel_of(j, lane.g) * RANK;
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) {
+            for (int i = 0; i < ROW_WORDS; i++) {
                 int r = column(lane.c, i);
                 float lo = r < RANK ? row[r] : 0.0f, hi = r + 1 < RANK ? row[r + 1] : 0.0f;
                 b[j][i] = pack2<IO>(lo, hi);
@@ -91,27 +95,41 @@ struct Weights {
     }
 };
 
-// A lane's words of a row of [dt | B | C], from where its first one is; zero where there is no room for more.
-// AGAIN: not what an earlier load of the same row left in registers.
-template <bool AGAIN = false>
-__device__ __forceinline__ void load_row(unsigned (&w)[WORDS], const IO* row, int room) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i += CHUNK) {
-        const int col = column(0, i);
-        bool inside = WORDS <= 4 || col < room;
-        const IO* p = row + col;
-        if (CHUNK == 1) {
-            w[i] = inside ? ldg(reinterpret_cast<const unsigned*>(p)) : 0u;
-        } else if (CHUNK == 2) {
-            uint2 v = inside ? ldg(reinterpret_cast<const uint2*>(p)) : make_uint2(0u, 0u);
-            w[i] = v.x, w[i + 1] = v.y;
-        } else {
-            uint4 v = make_uint4(0u, 0u, 0u, 0u);
-            if (inside) v = AGAIN ? load_global(reinterpret_cast<const uint4*>(p)) : ldg(reinterpret_cast<const uint4*>(p));
-            w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
-        }
+// What a block works at of a route: a segment of its steps. Segments of every other route can be mirrored, so that a
+// route and its reverse, one after the other, meet the same positions.
+struct Range {
+    int k, i_segment, begin, length, tiles;
+
+    template <typename P>
+    __device__ __forceinline__ Range(const P& p, int i_route, int segment) {
+        k = p.first_route + i_route * p.route_step;
+        const bool reverse = p.mirrored && (i_route & 1);
+        const int start = segment * p.segment_steps, end = min(start + p.segment_steps, p.steps);
+        i_segment = reverse ? p.num_segments - 1 - segment : segment;
+        begin = reverse ? p.steps - end : start;
+        length = end - start;
+        tiles = (length + TILE - 1) / TILE;
     }
-}
+};
+
+// A warp's place in its work: routes, batch items, and its turns at the tiles of a route.
+struct Place {
+    int i_route, item, turn;
+
+    template <typename P>
+    __device__ __forceinline__ Place next(const P& p, int items, int tiles, int warp) const {
+        Place to = {i_route, item, turn + p.warps};
+        if (to.turn < tiles) return to;
+        to.turn = warp;
+        if (++to.item == items) to.item = 0, to.i_route++;
+        return to;
+    }
+
+    template <typename P>
+    __device__ __forceinline__ bool exists(const P& p) const {
+        return i_route < p.route_count;
+    }
+};
 
 // Positions of a lane's steps: -1 for padding and past the end.
 __device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* table, int t0, int length, bool whole) {
@@ -125,8 +143,68 @@ __device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* tab
     }
 }
 
+// Rows [dt | B | C] of a tile in shared memory, in the words that each lane loads; zero where there is no position.
+struct Rows {
+    unsigned* memory;  // [STEPS, WORDS / CHUNK, 32, CHUNK] of the warp
+    int lane;
+
+    __device__ __forceinline__ unsigned* chunk(int s, int i, int of) const {
+        return memory + ((s * (WORDS / CHUNK) + i) * 32 + of) * CHUNK;
+    }
+
+    // From `rows`, where a lane's first word of position 0 is; a row has room for so many columns more.
+    __device__ __forceinline__ void fetch(const IO* rows, int stride, const int (&pos)[STEPS], int room) const {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            const IO* row = at(rows, max(pos[s], 0), stride);
+#pragma unroll
+            for (int i = 0; i < WORDS / CHUNK; i++) {
+                unsigned* to = chunk(s, i, lane);
+                const IO* from = row + column(0, i * CHUNK);
+                if (pos[s] >= 0 && (WORDS <= 4 || column(0, i * CHUNK) < room)) {
+                    if (CHUNK == 1) cp_async4(to, from);
+                    if (CHUNK == 2) cp_async8(to, from);
+                    if (CHUNK == 4) cp_async16(to, from);
+                } else {
+#pragma unroll
+                    for (int w = 0; w < CHUNK; w++) to[w] = 0u;
+                }
+            }
+        }
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void read(unsigned (&row)[STEPS][ROW_WORDS]) const {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) read(row[s], s);
+    }
+
+    __device__ __forceinline__ void read(unsigned (&row)[ROW_WORDS], int s) const {
+#pragma unroll
+        for (int i = 0; i < ROW_WORDS / CHUNK; i++) {
+            const unsigned* from = chunk(s, i, lane);
+            if (CHUNK == 1) row[i] = *from;
+            if (CHUNK == 2) {
+                uint2 v = *reinterpret_cast<const uint2*>(from);
+                row[2 * i] = v.x, row[(2 * i + 1) % ROW_WORDS] = v.y;
+            }
+            if (CHUNK == 4) {
+                uint4 v = *reinterpret_cast<const uint4*>(from);
+                row[4 * i] = v.x, row[(4 * i + 1) % ROW_WORDS] = v.y;
+                row[(4 * i + 2) % ROW_WORDS] = v.z, row[(4 * i + 3) % ROW_WORDS] = v.w;
+            }
+        }
+    }
+
+    // One column, which any lane of the group may have fetched.
+    __device__ __forceinline__ float value(int s, int col) const {
+        const IO* words = reinterpret_cast<const IO*>(chunk(s, col / (8 * CHUNK), (lane & ~3) | lane_of(col)));
+        return to_float(words[col % (2 * CHUNK)]);
+    }
+};
+
 // raw[s][2 j + e] = bias + dt . weight for a lane's steps s.
-__device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][4], const unsigned (&rows)[STEPS][WORDS],
+__device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][4], const unsigned (&rows)[STEPS][ROW_WORDS],
                                         const Weights& weights) {
 #pragma unroll
     for (int m = 0; m < MMA_ROWS; m++) {
@@ -135,16 +213,16 @@ __device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][4], const uns
             float d[4];
 #pragma unroll
             for (int i = 0; i < MMA_STEPS; i++) {
-                constexpr bool k8 = WORDS == 1;
+                constexpr bool k8 = ROW_WORDS == 1;
                 const bool second = 2 * m + 1 < STEPS;
                 if (k8) {
                     const unsigned a[2] = {rows[2 * m][0], second ? rows[(2 * m + 1) % STEPS][0] : 0u};
                     mma_k8<IO>(d, a, weights.b[j][0], weights.bias[j]);
                 } else if (column(0, 2 * i) < RANK) {  // some lane's words hold dt
                     const unsigned a[4] = {rows[2 * m][2 * i], second ? rows[(2 * m + 1) % STEPS][2 * i] : 0u,
-                                           rows[2 * m][(2 * i + 1) % WORDS],
-                                           second ? rows[(2 * m + 1) % STEPS][(2 * i + 1) % WORDS] : 0u};
-                    const unsigned b[2] = {weights.b[j][2 * i], weights.b[j][(2 * i + 1) % WORDS]};
+                                           rows[2 * m][(2 * i + 1) % ROW_WORDS],
+                                           second ? rows[(2 * m + 1) % STEPS][(2 * i + 1) % ROW_WORDS] : 0u};
+                    const unsigned b[2] = {weights.b[j][2 * i], weights.b[j][(2 * i + 1) % ROW_WORDS]};
                     if (i == 0) {
                         mma_k16<IO>(d, a, b, weights.bias[j]);
                     } else {
@@ -160,8 +238,8 @@ __device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][4], const uns
 
 // A column of the rows, for all lanes of a group, from the lane that loaded it.
 template <int COLUMN>
-__device__ __forceinline__ float broadcast(const unsigned (&row)[WORDS], int lane) {
-    unsigned w = __shfl_sync(FULL, row[word_of(COLUMN)], (lane & ~3) | lane_of(COLUMN));
+__device__ __forceinline__ float broadcast(const unsigned (&row)[ROW_WORDS], int lane) {
+    unsigned w = __shfl_sync(FULL, row[word_of(COLUMN) % ROW_WORDS], (lane & ~3) | lane_of(COLUMN));
     float2 v = unpack2<IO>(w);
     return COLUMN % 2 ? v.y : v.x;
 }

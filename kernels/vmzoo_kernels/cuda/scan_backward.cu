@@ -94,9 +94,11 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
-    // Shared memory: [mailboxes | parameter gradients of each warp | sum over routes of each unit]
+    // Shared memory: [rows of each warp | mailboxes | parameter gradients of each warp | sum over routes of each unit]
     const int all_warps = p.units * p.warps;
-    float4* mailboxes = reinterpret_cast<float4*>(memory);
+    constexpr int staged_size = 32 * STEPS * WORDS;
+    const Rows staged = {reinterpret_cast<unsigned*>(memory) + id * staged_size, lane_id};
+    float4* mailboxes = reinterpret_cast<float4*>(reinterpret_cast<unsigned*>(memory) + all_warps * staged_size);
     float* parts = reinterpret_cast<float*>(mailboxes + 4 * D_STATE * all_warps);
     float4* maps = reinterpret_cast<float4*>(parts + CHANNELS * PARAMS * all_warps);
     Mail mail = {mailboxes + 4 * D_STATE * p.warps * slot, warp, p.warps};
@@ -113,23 +115,34 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         }
     }
 
+    // Rows of the next tile are fetched while this one is worked at, their positions still earlier.
+    int next_pos[STEPS];
+    auto fetch_positions = [&](Place place, const Range& range) {
+        if (!place.exists(p)) return;
+        const int tile = range.tiles - 1 - place.turn;
+        load_positions(next_pos, p.gather + (long long)range.k * p.steps + range.begin, tile * TILE + lane.g * STEPS,
+                       range.length, (tile + 1) * TILE <= range.length);
+    };
+    auto fetch_rows = [&](Place place, const Range& range) {
+        if (!place.exists(p)) return;
+        const IO* rows = p.rows + (long long)(first_item + place.item) * p.rows_b + (long long)range.k * p.rows_k;
+        staged.fetch(rows + column(lane.c, 0), p.rows_l, next_pos, p.rows_width - column(lane.c, 0));
+    };
+    {
+        const Range range(p, 0, segment);
+        const Place first = {items > 0 && warp < range.tiles ? 0 : p.route_count, 0, warp};
+        fetch_positions(first, range);
+        fetch_rows(first, range);
+    }
+
     for (int i_route = 0; i_route < p.route_count; i_route++) {
         __syncthreads();
-        const int k = p.first_route + i_route * p.route_step;
-        const bool reverse = p.mirrored && (i_route & 1);
-        const int i_segment = reverse ? p.num_segments - 1 - segment : segment;
-        int begin = segment * p.segment_steps, end = min(begin + p.segment_steps, p.steps);
-        if (reverse) {
-            int turned = p.steps - end;
-            end = p.steps - begin, begin = turned;
-        }
-        const int length = end - begin, tiles = (length + TILE - 1) / TILE;
+        const Range range(p, i_route, segment);
+        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
-        const int* gather = pinned(p.gather + (long long)k * p.steps + begin);
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
         const int d_rows_l = 2 * p.num_routes * WIDTH;
-        const int room = p.rows_width - column(lane.c, 0);
         const float* weight = p.weight + ((long long)k * p.dim + d0) * RANK;
         Weights weights;
         weights.load(weight, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d, lane);
@@ -145,9 +158,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         if (D_STATE == 1) load_four(rate, A);
         float d_bias[4] = {0.0f, 0.0f, 0.0f, 0.0f}, d_D[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        float d_weight[WORDS][4];
+        float d_weight[ROW_WORDS][4];
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) {
+        for (int i = 0; i < ROW_WORDS; i++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) d_weight[i][e] = 0.0f;
         }
@@ -163,7 +176,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
             const DY* dy = pinned(p.dy + batch * p.dy_b + (long long)k * p.dy_k + d);
             const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
-            const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
             IO* dx = pinned(p.dx + batch * p.dx_b + (long long)k * p.dx_k + d);
             IO* d_rows = pinned(p.d_rows + ((block * (long long)p.batch + batch) * p.positions * p.num_routes + k) * WIDTH);
             const float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
@@ -173,17 +185,23 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
                 const bool whole = (tile + 1) * TILE <= length;
                 int pos[STEPS];
-                unsigned row[STEPS][WORDS];
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) pos[s] = next_pos[s];
                 uint2 xs[STEPS];
                 float dys[STEPS][4];
-                load_positions(pos, gather, t0, length, whole);
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
                     const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                    load_row(row[s], at(rows, from, p.rows_l), room);
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                     if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
                 }
+                const Place next = Place{i_route, item, turn}.next(p, items, tiles, warp);
+                const Range next_range(p, next.exists(p) ? next.i_route : i_route, segment);
+                fetch_positions(next, next_range);
+                unsigned row[STEPS][ROW_WORDS];
+                cp_async_wait<0>();
+                if (D_STATE > 1) __syncwarp();
+                staged.read(row);
                 if (!SAME_TABLE) {
                     int to[STEPS];
                     load_positions(to, merge, t0, length, whole);
@@ -200,8 +218,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                     for (int s = 0; s < STEPS; s++) {
                         if (pos[s] >= 0) continue;
                         xs[s] = make_uint2(0u, 0u);
-#pragma unroll
-                        for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
                         if (SAME_TABLE) {
 #pragma unroll
                             for (int q = 0; q < 4; q++) dys[s][q] = 0.0f;
@@ -245,12 +261,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                             B[s] = broadcast<RANK>(row[s], lane_id);
                             C[s] = broadcast<RANK + 1>(row[s], lane_id);
                         } else {
-                            const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
-                            B[s] = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
-                            C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
+                            B[s] = staged.value(s, RANK + n);
+                            C[s] = staged.value(s, RANK + D_STATE + n);
                         }
                         d_B[s] = d_C[s] = 0.0f;
                     }
+                    if (D_STATE == 1 && ROW_WORDS <= 2) fetch_rows(next, next_range);
                     float q_after[4] = {0.0f, 0.0f, 0.0f, 0.0f}, h_before[4];
                     const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
                     if (!SUMMARY) load_four(h_before, states + (long long)(tile * D_STATE + n) * p.dim);
@@ -351,7 +367,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                         }
                     }
                 }
-                if (SUMMARY) continue;
+                if (SUMMARY) {
+                    if (D_STATE > 1 || ROW_WORDS > 2) {
+                        __syncwarp();
+                        fetch_rows(next, next_range);
+                    }
+                    continue;
+                }
 
                 unsigned d_raw[STEPS + 1][2];  // before the softplus, packed
                 float d_x[STEPS][4];
@@ -410,23 +432,23 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                 for (int s = 0; s < STEPS; s += 2) {
                     const bool second = s + 1 < STEPS;
-                    if (WORDS > 2) {  // long rows were not kept in registers; past the end d_raw is zero
-#pragma unroll
-                        for (int i = s; i < s + 2 && i < STEPS; i++) {
-                            load_row<true>(row[i], at(rows, max(pos[i], 0), p.rows_l), room);
-                            if (!PADDED || pos[i] >= 0) continue;
-#pragma unroll
-                            for (int w = 0; w < WORDS; w++) row[i][w] = 0u;
-                        }
+                    if (ROW_WORDS > 2) {  // long rows were not kept in registers
+                        staged.read(row[s], s);
+                        if (second) staged.read(row[(s + 1) % STEPS], s + 1);
                     }
                     const unsigned a[4] = {transpose(d_raw[s][0]), transpose(d_raw[s][1]),
                                            second ? transpose(d_raw[s + 1][0]) : 0u, second ? transpose(d_raw[s + 1][1]) : 0u};
 #pragma unroll
-                    for (int i = 0; i < WORDS; i++) {
+                    for (int i = 0; i < ROW_WORDS; i++) {
                         if (column(0, i) >= RANK) continue;
                         const unsigned b[2] = {transpose(row[s][i]), second ? transpose(row[(s + 1) % STEPS][i]) : 0u};
                         mma_k16<IO>(d_weight[i], a, b, d_weight[i]);
                     }
+                }
+
+                if (D_STATE > 1 || ROW_WORDS > 2) {
+                    __syncwarp();
+                    fetch_rows(next, next_range);
                 }
 
                 // dx
@@ -460,7 +482,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             if (lane.g == 0) *reinterpret_cast<float4*>(part + 4 * lane.c) = get(delta_sum);
         } else {
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) {
+            for (int i = 0; i < ROW_WORDS; i++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int r = column(lane.c, i) + e % 2;

@@ -52,10 +52,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     if (items <= 0) return;
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
-    // Shared memory of the unit: [mailboxes | sum over routes [L, 16]]
-    const int mailboxes = 4 * D_STATE * p.warps;
-    const int unit_size = mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
+    // Shared memory of the unit: [rows | mailboxes | sum over routes [L, 16]]
+    const int staged_size = 8 * STEPS * WORDS, mailboxes = 4 * D_STATE * p.warps;
+    const int unit_size = staged_size * p.warps + mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
+    const Rows staged = {reinterpret_cast<unsigned*>(shared + warp * staged_size), lane_id};
+    shared += staged_size * p.warps;
     Mail mail = {shared, warp, p.warps};
 #pragma unroll 1
     for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
@@ -70,27 +72,37 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         }
     }
 
+    // Rows of the next tile are fetched while this one is worked at, their positions still earlier.
+    int next_pos[STEPS];
+    auto fetch_positions = [&](Place place, const Range& range) {
+        if (!place.exists(p)) return;
+        const int tile = place.turn;
+        load_positions(next_pos, p.gather + (long long)range.k * p.steps + range.begin, tile * TILE + lane.g * STEPS,
+                       range.length, (tile + 1) * TILE <= range.length);
+    };
+    auto fetch_rows = [&](Place place, const Range& range) {
+        if (!place.exists(p)) return;
+        const IO* rows = p.rows + (long long)(first_item + place.item) * p.rows_b + (long long)range.k * p.rows_k;
+        staged.fetch(rows + column(lane.c, 0), p.rows_l, next_pos, p.rows_width - column(lane.c, 0));
+    };
+    {
+        const Range range(p, 0, segment);
+        const Place first = {items > 0 && warp < range.tiles ? 0 : p.route_count, 0, warp};
+        fetch_positions(first, range);
+        fetch_rows(first, range);
+    }
+
     for (int i_route = 0; i_route < p.route_count; i_route++) {
         if (p.warps > 1) {
             bar_sync(1 + slot, 32 * p.warps);
         } else {
             __syncwarp();
         }
-        const int k = p.first_route + i_route * p.route_step;
-        // Segments are mirrored, so that a route and its reverse meet the same positions.
-        const bool reverse = p.mirrored && (i_route & 1);
-        const int i_segment = reverse ? p.num_segments - 1 - segment : segment;
-        int begin = segment * p.segment_steps, end = min(begin + p.segment_steps, p.steps);
-        if (reverse) {
-            int turned = p.steps - end;
-            end = p.steps - begin, begin = turned;
-        }
-        const int length = end - begin, tiles = (length + TILE - 1) / TILE;
+        const Range range(p, i_route, segment);
+        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
-        const int* gather = pinned(p.gather + (long long)k * p.steps + begin);
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
-        const int room = p.rows_width - column(lane.c, 0);
         Weights weights;
         weights.load(p.weight + ((long long)k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d, lane);
         float decay_rate[4];
@@ -110,7 +122,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
             float4* shared_sum = shared + mailboxes + item * 4 * p.positions + lane.c;  // + 4 position
             float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
             const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
-            const IO* rows = pinned(p.rows + batch * p.rows_b + (long long)k * p.rows_k + column(lane.c, 0));
             OUT* y = pinned(p.y + batch * p.y_b + (REDUCE ? 0 : (long long)k * p.y_k) + d);
             float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
 
@@ -118,23 +129,27 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 const int t0 = tile * TILE + lane.g * STEPS;  // of the segment
                 const bool whole = (tile + 1) * TILE <= length;
                 int pos[STEPS];
-                unsigned row[STEPS][WORDS];
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) pos[s] = next_pos[s];
                 uint2 xs[STEPS];
-                load_positions(pos, gather, t0, length, whole);
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
                     const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
-                    load_row(row[s], at(rows, from, p.rows_l), room);
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                 }
+                const Place next = Place{i_route, item, tile}.next(p, items, tiles, warp);
+                const Range next_range(p, next.exists(p) ? next.i_route : i_route, segment);
+                fetch_positions(next, next_range);
+                unsigned row[STEPS][ROW_WORDS];
+                cp_async_wait<0>();
+                if (D_STATE > 1) __syncwarp();
+                staged.read(row);
                 if (PADDED || !whole) {
                     rarely();
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
                         if (pos[s] >= 0) continue;
                         xs[s] = make_uint2(0u, 0u);
-#pragma unroll
-                        for (int i = 0; i < WORDS; i++) row[s][i] = 0u;
                     }
                 }
                 float delta[2 * MMA_ROWS][4];
@@ -168,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 float out[STEPS][4];
 #pragma unroll 1
                 for (int n = 0; n < D_STATE; n++) {
-                    float decay[STEPS][4], C[STEPS];
+                    float decay[STEPS][4], C[STEPS], B_kept[STEPS];
                     Maps map;
                     if (D_STATE > 1) {
 #pragma unroll
@@ -181,9 +196,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                             B = broadcast<RANK>(row[s], lane_id);
                             C[s] = broadcast<RANK + 1>(row[s], lane_id);
                         } else {
-                            const IO* at_row = at(rows, max(pos[s], 0), p.rows_l) + RANK + n - column(lane.c, 0);
-                            B = pos[s] >= 0 ? to_float(at_row[0]) : 0.0f;
-                            C[s] = pos[s] >= 0 ? to_float(at_row[D_STATE]) : 0.0f;
+                            B = staged.value(s, RANK + n);
+                            C[s] = staged.value(s, RANK + D_STATE + n);
                         }
 #pragma unroll
                         for (int q = 0; q < 4; q++) {
@@ -194,8 +208,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                             map.a[q] = s == 0 ? decay[s][q] : map.a[q] * decay[s][q];
                             map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
                         }
-                        if (D_STATE > 1) row[s][0] = __float_as_uint(B);
+                        if (D_STATE > 1) B_kept[s] = B;
                     }
+                    if (D_STATE == 1) fetch_rows(next, next_range);
                     const Maps total = map.scan<false>(lane);
                     float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                     const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
@@ -228,11 +243,15 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     for (int s = 0; s < STEPS; s++) {
 #pragma unroll
                         for (int q = 0; q < 4; q++) {
-                            float input = D_STATE == 1 ? u[s][q] : u[s][q] * __uint_as_float(row[s][0]);
+                            float input = D_STATE == 1 ? u[s][q] : u[s][q] * B_kept[s];
                             h[q] = fmaf(decay[s][q], h[q], input);
                             out[s][q] = n == 0 ? C[s] * h[q] : fmaf(C[s], h[q], out[s][q]);
                         }
                     }
+                }
+                if (D_STATE > 1) {
+                    __syncwarp();
+                    fetch_rows(next, next_range);
                 }
                 if (SUMMARY) continue;
                 if (!SAME_TABLE) {
