@@ -3,21 +3,46 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+_INNER_PRODUCT = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+
+if _INNER_PRODUCT is not None and _INNER_PRODUCT not in flop_registry:
+
+    @register_flop_formula(_INNER_PRODUCT)
+    def _(x_shape, weight_shape, *args, **kwargs) -> int:
+        return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is float32 on a CPU, of shapes that fit together, and no compiler or exporter looks on."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return False
+    fits = x.numel() > 0 and x.shape[-1] == weight.shape[-1]
+    return fits and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
+
+
+def _is_inference(*tensors: Tensor | None) -> bool:
+    if torch.is_autocast_enabled('cpu') or torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: [..., I] -> [..., O], with weight [O, I] and bias [O].
 
-    In float32 on a CPU it goes through oneDNN, as a 1x1 convolution of rows that lie channels-last in memory already:
-    on AMD processors twice as fast as the BLAS library behind ``F.linear``, elsewhere about the same. Compilers and
-    exporters see the plain linear layer, for which they have rules of their own.
+    In float32 on a CPU it goes through oneDNN, on AMD processors twice as fast as the BLAS library behind ``F.linear``,
+    elsewhere about the same. For inference that is oneDNN's inner product, which reads the weights as they lie. Torch
+    has no derivatives of that, so elsewhere it is a 1x1 convolution of rows that lie channels-last in memory already,
+    which brings the weights into an order of its own at each call. Compilers, exporters and tensor subclasses see the
+    plain linear layer, for which they have rules of their own.
     """
-    if torch.compiler.is_compiling() or not _ONEDNN or x.device.type != 'cpu' or x.dtype != torch.float32:
+    if not _ONEDNN or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if x.numel() == 0:  # of which a convolution has no notion
-        return F.linear(x, weight, bias)
+    if _INNER_PRODUCT is not None and _is_inference(x, weight, bias):
+        bias = bias if bias is None else bias.contiguous()  # its strides are not looked at
+        return _INNER_PRODUCT(x, weight, bias, 'none', [], '')
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, rows, 1]
     out = F.conv2d(rows, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
