@@ -19,6 +19,7 @@ from benchmarks.ops import benchmark_scan, benchmark_ss2d, benchmark_sweeps, lin
 from benchmarks.report import Table, draw, read_csv, write_csv
 from benchmarks.timing import Row, Setting
 
+from vmzoo_kernels import available_backends
 from vmzoo_kernels.backends import resolve_backend
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -89,17 +90,17 @@ def main(argv: list[str] | None = None) -> int:
 
     on_gpu = args.device.type == 'cuda'
     setting = Setting(args.device, DTYPES[args.dtype or ('float16' if on_gpu else 'float32')], args.seconds)
-    try:
-        automatic, *backends = (
-            resolve_backend(name, setting.device, setting.dtype) for name in ('auto', *getattr(args, 'backend', ()))
-        )
-    except (RuntimeError, ValueError) as error:
-        parser.error(str(error))
+    backends = getattr(args, 'backend', ())
+    reasons = {'auto': None, **available_backends(setting.device)}
+    for name in backends:
+        if reason := reasons.get(name, f'choose from {", ".join(reasons)}'):
+            parser.error(f'no scan backend {name!r}: {reason}')
     drawing = getattr(args, 'plot', None)
     if drawing and not args.sweep:
         parser.error('--plot draws the sweeps: add --sweep')
 
-    context = setting.describe('timm' if args.command == 'models' else 'mamba-ssm') | {'automatic backend': automatic}
+    context = setting.describe('timm' if args.command == 'models' else 'mamba-ssm')
+    context['automatic backend'] = resolve_backend('auto', setting.device, setting.dtype)
     print('{device}, {versions}, {dtype}, automatic backend {automatic backend}'.format_map(context))
     rows, table = [], Table()
     for row in figures(args, setting, backends):

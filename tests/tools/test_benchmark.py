@@ -177,6 +177,20 @@ def test_what_does_not_fit_the_memory_is_an_empty_cell(run, benchmark, monkeypat
     assert ' - |' in out
 
 
+def test_a_scan_that_a_backend_does_not_take_is_left_out(run, benchmark, monkeypatch, tmp_path):
+    def refuse(*args, backend='auto', **kwargs):
+        if backend == 'torch':
+            raise RuntimeError("scan backend 'torch' cannot run here: it takes maps")
+        return selective_scan(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(sys.modules['benchmarks.ops'], 'selective_scan', refuse)
+    code, out, _ = run(*OPS, '--backend', 'torch', 'auto', '--csv', tmp_path / 'ops.csv')
+    assert code == 0
+    assert "selective_scan: scan backend 'torch' cannot run here: it takes maps" in out
+    rows = read(benchmark, tmp_path / 'ops.csv')
+    assert [row['backend'] for row in rows if row['op'] == 'selective_scan'] == ['auto']
+
+
 def test_a_csv_is_written_whole_or_not_at_all(benchmark, tmp_path):
     path = tmp_path / 'rows.csv'
     benchmark.write_csv([{'a': 1}], path)
@@ -197,7 +211,7 @@ def test_a_csv_is_written_whole_or_not_at_all(benchmark, tmp_path):
         (('plot', 'no.csv', 'no.png'), 'No such file'),
         (('plot', 'tables.csv', 'no.png'), 'there is no sweep to draw; make one: tools/benchmark.py ops --sweep'),
         ((*OPS, '--plot', 'no.png'), '--plot draws the sweeps: add --sweep'),
-        ((*OPS, '--backend', 'fortran'), "unknown scan backend 'fortran'"),
+        ((*OPS, '--backend', 'fortran'), "no scan backend 'fortran': choose from auto, torch, "),
         (('ops', '--shapes', '1,2,3'), 'argument --shapes: invalid shape value'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',

@@ -130,7 +130,14 @@ def compare(
     name, function = baseline
     base = time_passes(setting, function, inputs) if function else None
     for backend in backends:
-        row = {**labels, 'backend': backend, **time_passes(setting, partial(ours, backend=backend), inputs)}
+        try:
+            times = time_passes(setting, partial(ours, backend=backend), inputs)
+        except RuntimeError as error:
+            if not str(error).startswith(f'scan backend {backend!r} cannot'):
+                raise
+            print(f'{labels["op"]}: {error}')
+            continue
+        row = {**labels, 'backend': backend, **times}
         if base:
             row |= {f'{name} {p} ms': base[f'{p} ms'] for p in PASSES}
             row |= {f'{p} ratio': base[f'{p} ms'] / row[f'{p} ms'] for p in PASSES}

@@ -50,7 +50,13 @@ class Case(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """How far a backend is off in a case: relative errors and what is allowed, of 'y' and of the gradients."""
+    """How far a backend is off in a case.
+
+    Attributes:
+        errors: Relative errors of 'y' and of the gradients; none if it did not run.
+        allowed: How large they may be.
+        problem: What it raised.
+    """
 
     case: Case
     backend: str
@@ -59,9 +65,18 @@ class Finding(NamedTuple):
     problem: str = ''
 
     @property
+    def result(self) -> str:
+        """In a word; what a backend says that it does not do, it leaves to another."""
+        if self.problem.startswith(f'RuntimeError: scan backend {self.backend!r} cannot'):
+            return 'not for it'
+        if self.problem:
+            return 'FAILED'
+        return 'ok' if all(error <= self.allowed[name] for name, error in self.errors.items()) else 'WRONG'
+
+    @property
     def passed(self) -> bool:
-        """It ran, and no error is too large or NaN."""
-        return not self.problem and all(error <= self.allowed[name] for name, error in self.errors.items())
+        """Whether nothing is wrong."""
+        return self.result in ('ok', 'not for it')
 
 
 def _routes(name: str, height: int, width: int, device: torch.device) -> Routes:
@@ -118,11 +133,11 @@ def all_cases() -> list[Case]:
     """Few combinations of dtype, D and N, each of which is compiled; the first map is large enough to be cut up."""
     return [
         _map_case('cross', 33, 31, 64, 4, 1, torch.float16),
-        _map_case('rotate', 1, 5, 64, 4, 1, torch.float16),
-        _map_case('forward_backward', 7, 9, 20, 3, 1, torch.bfloat16),
-        _map_case('padded', 5, 8, 20, 3, 1, torch.bfloat16),
-        _map_case('bidi', 5, 7, 20, 3, 16, torch.float32),
-        _map_case('cascade_rows', 13, 2, 20, 3, 16, torch.float32),
+        _map_case('forward_backward', 7, 9, 48, 3, 16, torch.bfloat16),
+        _map_case('rotate', 1, 5, 48, 3, 16, torch.bfloat16),
+        _map_case('padded', 5, 8, 48, 3, 16, torch.bfloat16),
+        _map_case('bidi', 5, 7, 20, 3, 1, torch.float32),
+        _map_case('cascade_rows', 13, 2, 20, 3, 1, torch.float32),
         _sequence_case(197, 24, 16, torch.float16),
         _sequence_case(50, 12, 1, torch.float32),
     ]
@@ -169,12 +184,13 @@ def run_selftest(device: torch.device) -> bool:
     columns = ('scan', 'N', 'dtype', 'backend', 'output', 'allowed', 'gradients', 'allowed', 'result')
     print_table(columns, map(_cells, findings), right=('N', 'output', 'allowed'))
     for finding in findings:
-        if finding.problem:
+        if not finding.passed and finding.problem:
             print(f'{finding.backend}, {finding.case.name}: {finding.problem}', file=sys.stderr)
-    failed = sum(not finding.passed for finding in findings)
+    ran = [finding for finding in findings if finding.result != 'not for it']
+    correct = sum(finding.passed for finding in ran)
     seconds = time.perf_counter() - start
-    print(f'{len(findings) - failed} of {len(findings)} correct, on {device.type}, in {seconds:.0f} s with compilation')
-    return not failed
+    print(f'{correct} of {len(ran)} correct, on {device.type}, in {seconds:.0f} s with compilation')
+    return correct == len(ran)
 
 
 def _cells(finding: Finding) -> list[str]:
@@ -182,7 +198,7 @@ def _cells(finding: Finding) -> list[str]:
     case = finding.case
     labels = [case.name, str(case.d_state), str(case.dtype).removeprefix('torch.'), finding.backend]
     if finding.problem:
-        return [*labels, '-', '-', '-', '-', 'FAILED']
+        return [*labels, '-', '-', '-', '-', finding.result]
     errors, allowed = dict(finding.errors), finding.allowed
     y = errors.pop('y')
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
@@ -192,5 +208,5 @@ def _cells(finding: Finding) -> list[str]:
         f'{allowed["y"]:.1e}',
         f'd{worst} {errors[worst]:.1e}',
         f'{allowed[worst]:.1e}',
-        'ok' if finding.passed else 'WRONG',
+        finding.result,
     ]
