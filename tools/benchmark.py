@@ -7,6 +7,7 @@
 
 Every figure is the median of repeated runs after a warm-up, whose first call is printed apart: it holds compilation,
 unless an earlier run left its result on the disk. Figures of different runs are not comparable: quote the ratios.
+VMZOO_SCAN_BACKEND chooses the scan of the models and of the unfused pipeline.
 """
 
 import argparse
