@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .common import ScanInputs, compute_dtype
 
 _NEUTRAL = -2  # fills the last chunk up: a step that leaves the state alone
-_BLOCK_VALUES = 2**19  # of one tensor in lanes
+_BLOCK_VALUES = 2**21  # of one tensor in lanes
 
 
 class _Lanes(NamedTuple):
@@ -115,55 +115,79 @@ class _Block(NamedTuple):
         out = _pick(x.reshape(-1, x.shape[-1]), index + starts)
         return out if absent is None else out.masked_fill_(absent[self.routes].unsqueeze(-1), 0.0)
 
-    def step_sizes(
-        self, dt: Tensor, weight: Tensor | None, bias: Tensor | None, softplus: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """delta, what went into its softplus [B, K, T, M, D], and dt in lanes [B, K, T, M, R or D]."""
-        routed = self.read(dt)
-        raw = routed
-        if weight is not None:
-            raw = (routed.flatten(2, 3) @ weight[self.routes].mT).unflatten(2, routed.shape[2:4])
-        if bias is not None:
-            raw = raw + bias[self.routes, None, None] if raw is routed else raw.add_(bias[self.routes, None, None])
-        delta = _softplus(raw) if softplus else raw
-        if self.lanes.neutral is not None:
-            delta = delta.masked_fill(self.lanes.neutral[self.routes].unsqueeze(-1), 0.0)
-        return delta, raw, routed
+    def project(self, dt: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Step sizes [B, K, T, M, D] before the softplus, from dt in lanes."""
+        if weight is None:
+            return dt.clone() if bias is None else dt + bias[self.routes, None, None]
+        items, num_routes, steps, lanes, _ = dt.shape
+        weight = weight[self.routes].mT.expand(items, -1, -1, -1).flatten(0, 1)  # [B·K, R, D]
+        rows = dt.flatten(0, 1).flatten(1, 2)  # [B·K, T·M, R]
+        if bias is None:
+            out = torch.bmm(rows, weight)
+        else:
+            out = torch.baddbmm(bias[self.routes].unsqueeze(1).repeat(items, 1, 1), rows, weight)
+        return out.view(items, num_routes, steps, lanes, -1)
+
+    def rest(self, delta: Tensor) -> Tensor:
+        """Step sizes with those past the end of a sequence set to zero, in place: they leave the state alone."""
+        if self.lanes.neutral is None:
+            return delta
+        return delta.masked_fill_(self.lanes.neutral[self.routes].unsqueeze(-1), 0.0)
+
+    def put_back(self, y: Tensor, steps: Tensor, out: Tensor) -> None:
+        """This block's [B, K, T, M, F], at the positions given by steps [L, K], into its part of ``out``.
+
+        That is [B, L, F], to which routes are added one after the other, or [B, L, K, F].
+        """
+        reduce = out.ndim == 3
+        steps = steps[:, self.routes]
+        items, num_routes, features = y.shape[0], y.shape[1], y.shape[-1]
+        starts = y.shape[2] * y.shape[3] * torch.arange(items * num_routes, device=y.device)
+        index = steps.clamp(min=0) + starts.view(items, 1, num_routes)  # [B, L, K]
+        rows = y.reshape(-1, features)
+        if reduce and self.lanes.complete:
+            placed = F.embedding_bag(index.view(-1, num_routes), rows, mode='sum').view(items, len(steps), features)
+        else:
+            placed = _pick(rows, index)
+            if not self.lanes.complete:  # by a mask, not by a weight of zero: 0 * NaN would reach where no route goes
+                placed.masked_fill_((steps < 0).unsqueeze(-1), 0.0)
+            placed = placed.sum(2) if reduce else placed
+        if not reduce:
+            out[self.batch, :, self.routes] = placed
+        elif self.routes.start == 0:
+            out[self.batch] = placed
+        else:
+            out[self.batch] += placed
 
 
-def _blocks(in_lanes: Tensor, lanes: _Lanes) -> Iterator[_Block]:
-    """The whole of a tensor [B, K, T, M, D] in blocks: on a CPU of few enough values, elsewhere in one."""
-    items, routes = batch, num_routes = in_lanes.shape[:2]
-    if in_lanes.device.type == 'cpu':
-        items = max(1, _BLOCK_VALUES * batch // max(1, in_lanes.numel()))
-        routes = num_routes if items > 1 else max(1, _BLOCK_VALUES * batch * num_routes // max(1, in_lanes.numel()))
+def _evenly(total: int, most: int) -> int:
+    """Size of the parts, of at most ``most``, that divide ``total`` most evenly."""
+    return -(-total // -(-total // most))
+
+
+def _blocks(x: Tensor, lanes: _Lanes) -> Iterator[_Block]:
+    """All batch items [B, ...] and routes in blocks: on a CPU of few enough values, elsewhere in one."""
+    batch, num_routes = x.shape[0], lanes.gather.shape[0]
+    if batch == 0:
+        return
+    items, routes = batch, num_routes
+    if x.device.type == 'cpu':
+        values = x.shape[-1] * lanes.gather[0].numel()  # of an item along a route
+        items = _evenly(batch, max(1, _BLOCK_VALUES // (values * num_routes)))
+        routes = num_routes if items > 1 else _evenly(num_routes, max(1, _BLOCK_VALUES // values))
     for b in range(0, batch, items):
         for k in range(0, num_routes, routes):
             yield _Block(slice(b, b + items), slice(k, k + routes), lanes)
-
-
-def _put_back(y: Tensor, steps: Tensor, lanes: _Lanes, reduce: bool) -> Tensor:
-    """[B, K, T, M, F] to the positions given by steps [L, K]: [B, L, F] summed over routes, or [B, L, K, F]."""
-    batch, num_routes, features = y.shape[0], y.shape[1], y.shape[-1]
-    lanes_steps = y.shape[2] * y.shape[3]
-    starts = lanes_steps * torch.arange(batch * num_routes, device=y.device).view(batch, 1, num_routes)
-    index = steps.clamp(min=0) + starts  # [B, L, K]
-    rows = y.reshape(-1, features)
-    if reduce and lanes.complete:
-        return F.embedding_bag(index.view(-1, num_routes), rows, mode='sum').view(batch, len(steps), features)
-    out = _pick(rows, index)
-    if not lanes.complete:  # by a mask, not by a weight of zero: 0 * NaN would reach where no route goes
-        out = out.masked_fill_((steps < 0).unsqueeze(-1), 0.0)
-    return out.sum(2) if reduce else out
 
 
 def _softplus(x: Tensor) -> Tensor:
     """softplus, small values too, to a few roundings; ``F.softplus`` takes ten times as long on a CPU at times."""
     e = x.clamp(max=30.0).mul_(1 / math.log(2)).exp2_()
     w = e + 1.0
-    out = w.log()
+    out = w - 1.0
+    e.sub_(out)
     # log1p(e) = log(w) + (e - (w - 1)) / w restores what the rounding of 1 + e lost.
-    out.addcdiv_(e.sub_(w - 1.0), w)
+    torch.log(w, out=out).addcdiv_(e, w)
     return torch.maximum(out, x, out=out)
 
 
@@ -172,27 +196,21 @@ def _decay(delta: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(delta, a / math.log(2), out=out).exp2_()
 
 
-def _carry(local: Tensor, decay: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-    """States that lanes inherit, from their own end states and total decays (all [B, K, M, D]), and the last states."""
-    inherited = torch.zeros_like(local)
-    lanes = [v.unflatten(2, (sequences, -1)).unbind(3) for v in (local, decay, inherited)]  # C times [B, K, S, D]
-    end, total, start = lanes
-    for c in range(1, len(end)):
-        torch.addcmul(end[c - 1], total[c - 1], start[c - 1], out=start[c])
-    return inherited, torch.addcmul(end[-1], total[-1], start[-1])
-
-
-def _states(decay: Tensor, inputs: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+def _states(decay: Tensor, inputs: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     """States of one state channel in lanes, from exp(delta A) and delta u B (both overwritten).
 
-    Returns h_t, what each lane inherited [B, K, M, D], and the sequences' last states [B, K, S, D].
+    Returns h_t, in the memory of ``inputs``, and each lane's last state [B, K, S, C, D], a part of it.
     """
     h, a = inputs.unbind(2), decay.unbind(2)
     for t in range(1, len(h)):
         h[t].addcmul_(a[t], h[t - 1])
         a[t].mul_(a[t - 1])
-    inherited, last = _carry(h[-1], a[-1], sequences)
-    return inputs.addcmul_(decay, inherited.unsqueeze(2)), inherited, last
+    inputs, decay = (v.unflatten(3, (sequences, -1)) for v in (inputs, decay))  # [B, K, T, S, C, D]
+    end, total = inputs[:, :, -1].unbind(3), decay[:, :, -1].unbind(3)
+    for c in range(1, len(end)):
+        end[c].addcmul_(total[c], end[c - 1])
+    inputs[:, :, :-1, :, 1:].addcmul_(decay[:, :, :-1, :, 1:], inputs[:, :, -1:, :, :-1])
+    return inputs.flatten(3, 4), inputs[:, :, -1]
 
 
 def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
@@ -215,24 +233,27 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
     x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
     lanes = _lanes(gather, merge, x.shape[1], complete)
-    y = x.new_empty(x.shape[0], *lanes.gather.shape, x.shape[-1])
-    for block in _blocks(y, lanes):
-        delta, _, _ = block.step_sizes(dt, dt_weight, dt_bias, softplus)
-        u, b, c = (block.read(v) for v in (x, B, C))
-        y_block = y[block.batch, block.routes]
-        if D is None:
-            y_block.zero_()
-        else:
-            torch.mul(u, D[block.routes, None, None], out=y_block)
+    widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]
+    factors = torch.cat((dt, B, C), -1)  # read at once
+    result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
+    for block in _blocks(x, lanes):
+        k = block.routes
+        dt, b, c = block.read(factors).split(widths, -1)
+        delta = block.project(dt, dt_weight, dt_bias)
+        delta = block.rest(_softplus(delta) if softplus else delta)
+        u = block.read(x)
+        y = torch.zeros_like(u) if D is None else u * D[k, None, None]
         delta_u = u.mul_(delta)
         for n in range(A.shape[-1]):
             final = n == A.shape[-1] - 1  # overwrite: memory that is new costs a CPU more than the arithmetic
             added = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
-            decay = _decay(delta, A[block.routes, None, None, :, n], out=delta if final else None)
-            h, _, end = _states(decay, added, lanes.num_sequences)
-            last[block.batch, block.routes, ..., n] = end
-            y_block.addcmul_(h, c[..., n : n + 1])
-    out.copy_(_put_back(y, lanes.writer, lanes, reduce=out.ndim == 3))
+            decay = _decay(delta, A[k, None, None, :, n], out=delta if final else None)
+            h, ends = _states(decay, added, lanes.num_sequences)
+            last[block.batch, k, ..., n] = ends[:, :, :, -1]
+            y.addcmul_(h, c[..., n : n + 1])
+        block.put_back(y, lanes.writer, result)
+    if result is not out:
+        out.copy_(result)
 
 
 def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
@@ -241,49 +262,55 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
     dy = dy.to(x.dtype)
     lanes = _lanes(gather, merge, x.shape[1], complete)
-    in_lanes = (x.shape[0], *lanes.gather.shape)
-    du, d_dt, db, dc = (x.new_empty(*in_lanes, v.shape[-1]) for v in (x, dt, B, C))
+    widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]
+    factors = torch.cat((dt, B, C), -1)
+    dx, d_factors = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, factors))
     dA, dD, d_weight, d_bias = (v if v is None else torch.zeros_like(v) for v in (A, D, dt_weight, dt_bias))
-    for block in _blocks(du, lanes):
-        here, k = (block.batch, block.routes), block.routes
-        delta, raw, routed_dt = block.step_sizes(dt, dt_weight, dt_bias, softplus)
-        u, b, c = (block.read(v) for v in (x, B, C))
-        dy_block = block.written(dy)
+    for block in _blocks(x, lanes):
+        k = block.routes
+        routed = block.read(factors)
+        routed_dt, b, c = routed.split(widths, -1)
+        d_routed = torch.empty_like(routed)
+        d_dt, db, dc = d_routed.split(widths, -1)
+        raw = block.project(routed_dt, dt_weight, dt_bias)
+        delta = block.rest(_softplus(raw) if softplus else raw)
+        u, dy_block = block.read(x), block.written(dy)
         delta_u = delta * u
         d_delta, d_delta_u = torch.zeros_like(delta), torch.zeros_like(delta)
         for n in range(A.shape[-1]):
             a = A[k, None, None, :, n]
             bn, cn = b[..., n : n + 1], c[..., n : n + 1]
             decay = _decay(delta, a)
-            h, inherited, _ = _states(decay.clone(), delta_u * bn, lanes.num_sequences)
+            h, ends = _states(decay.clone(), delta_u * bn, lanes.num_sequences)
             g = _adjoint_states(decay, dy_block * cn, lanes.num_sequences)
-            dc[block.batch, k, ..., n] = (dy_block * h).sum(-1)
-            db[block.batch, k, ..., n] = (g * delta_u).sum(-1)
+            dc[..., n] = (dy_block * h).sum(-1)
+            db[..., n] = (g * delta_u).sum(-1)
             d_delta_u.addcmul_(g, bn)
             decayed = decay.mul_(g)  # g_t exp(delta_t A) h_{t-1}
             decayed[:, :, 1:].mul_(h[:, :, :-1])
-            decayed[:, :, 0].mul_(inherited)
+            first = decayed[:, :, 0].unflatten(2, (lanes.num_sequences, -1))
+            first[:, :, :, 1:].mul_(ends[:, :, :, :-1])
+            first[:, :, :, 0].zero_()
             d_delta.addcmul_(decayed, a)
             dA[k, :, n] += (decayed * delta).sum((0, 2, 3))
 
-        torch.mul(d_delta_u, delta, out=du[here])
+        du = d_delta_u * delta
         d_delta.addcmul_(d_delta_u, u)
         if D is not None:
-            du[here].addcmul_(dy_block, D[k, None, None])
+            du.addcmul_(dy_block, D[k, None, None])
             dD[k] += (dy_block * u).sum((0, 2, 3))
         if softplus:
             d_delta.mul_(torch.sigmoid(raw))
-        if lanes.neutral is not None:
-            d_delta.masked_fill_(lanes.neutral[k].unsqueeze(-1), 0.0)
+        block.rest(d_delta)
         if dt_bias is not None:
             d_bias[k] += d_delta.sum((0, 2, 3))
         if dt_weight is None:
-            d_dt[here] = d_delta
+            d_dt.copy_(d_delta)
         else:
             flat = d_delta.flatten(2, 3)  # [B, K, T·M, D]
             d_weight[k] += (flat.mT @ routed_dt.flatten(2, 3)).sum(0)
-            d_dt[here] = (flat @ dt_weight[k]).view_as(routed_dt)
+            d_dt.copy_((flat @ dt_weight[k]).view_as(d_dt))
+        block.put_back(du, lanes.reader, dx)
+        block.put_back(d_routed, lanes.reader, d_factors)
 
-    dx = _put_back(du, lanes.reader, lanes, reduce=x.ndim == 3)
-    d_dt, db, dc = (_put_back(v, lanes.reader, lanes, reduce=False) for v in (d_dt, db, dc))
-    return dx, d_dt, db, dc, dA, dD, d_weight, d_bias
+    return dx, *d_factors.split(widths, -1), dA, dD, d_weight, d_bias

@@ -197,7 +197,7 @@ class _Scan:
         if self.plan.num_segments > 1:
             shape = (self.batch, self.num_routes, self.plan.num_segments, self.d_state, self.dim)
             self.segment_states = x.new_empty(shape, dtype=torch.float32)
-            self.segment_deltas = x.new_empty((*shape[:3], self.dim), dtype=torch.float32)
+            self.segment_deltas = x.new_empty((*shape[:3], self.plan.warps, self.dim), dtype=torch.float32)
 
 
 def _aligned(v: Tensor) -> bool:
@@ -218,7 +218,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
     d_state, num_routes = inputs.A.shape[-1], inputs.A.shape[0]
     reduce = out.ndim == 3 and num_routes > 1
     max_warps = _max_warps(d_state)
-    scan = _Scan(inputs, max_warps, reduce, 64 * (d_state + 1) + _staged_bytes(inputs))
+    scan = _Scan(inputs, max_warps, reduce, 64 * d_state + 16 + _staged_bytes(inputs))
     plan, x, rows = scan.plan, scan.x, scan.rows
     shared_x = x.ndim == 3
     sums = None
@@ -264,7 +264,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     rank = inputs.dt_weight.shape[-1]
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
     columns, width = rank + d_state + 2, rank + 2 * d_state
-    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * (d_state + columns) + _staged_bytes(inputs))
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * d_state + 16 + (64 * d_state if d_state > 1 else 0) + _staged_bytes(inputs))
     plan, x, rows, batch = scan.plan, scan.x, scan.rows, scan.batch
     shared_x = x.ndim == 3
     dy = dy if _aligned(dy) else dy.contiguous()
@@ -275,7 +275,8 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     d_rows = x.new_empty((scan.blocks, batch, scan.positions, num_routes, width))
     if not inputs.complete:
         dx.zero_(), d_rows.zero_()
-    d_params = x.new_empty((plan.groups * plan.num_segments, num_routes, dim, columns), dtype=torch.float32)
+    parts = plan.groups * plan.num_segments * plan.units * plan.warps
+    d_params = x.new_empty((parts, num_routes, dim, columns), dtype=torch.float32)
     skip_once = shared_x and scan.same and dy.ndim == 3
     defines = (
         *scan.defines,

@@ -260,6 +260,18 @@ __device__ __forceinline__ void store_volatile(float4* smem, float4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ unsigned load_volatile(const unsigned* smem) {
+    unsigned v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(smem)) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_volatile(unsigned* smem, unsigned v) {
+    asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(smem)), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void wait_a_little() {}
+
 // An 8x8 matrix of 16-bit values, two neighbours of row lane / 4 in each lane, turned over its diagonal.
 __device__ __forceinline__ unsigned transpose(unsigned x) {
     unsigned y;
@@ -273,15 +285,6 @@ __device__ __forceinline__ float4 load_global(const float4* address) {
     float4 v;
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint4 load_global(const uint4* address) {
-    uint4 v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address)
                  : "memory");
     return v;

@@ -132,14 +132,12 @@ struct Place {
 };
 
 // Positions of a lane's steps: -1 for padding and past the end.
-__device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* table, int t0, int length, bool whole) {
+__device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* table, int t0, int length) {
     const int* p = table + t0;
-    if (whole) {
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) pos[s] = ldg(p + s);
-    } else {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) pos[s] = t0 + s < length ? ldg(p + s) : -1;
+    for (int s = 0; s < STEPS; s++) {
+        pos[s] = -1;
+        if (t0 + s < length) pos[s] = ldg(p + s);
     }
 }
 
@@ -276,6 +274,12 @@ struct Maps {
     }
 };
 
+__device__ __forceinline__ float sum_groups(float v) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) v += __shfl_xor_sync(FULL, v, step);
+    return v;
+}
+
 __device__ __forceinline__ void set(float (&v)[4], float4 from) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
 __device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
@@ -300,7 +304,36 @@ struct Mail {
         set(h, v);
     }
 
-    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) { store_volatile(box(n, warp, c), get(h)); }
+    // By the four lanes of one group.
+    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) {
+        float4* to = box(n, warp, c);
+        while (__float_as_uint(load_volatile(to).x) != EMPTY) wait_a_little();  // of the route before
+        store_volatile(to, get(h));
+    }
 
     __device__ __forceinline__ float4* box(int n, int of, int c) { return boxes + 4 * (n * warps + of) + c; }
+};
+
+// Orders the routes of a unit: what one adds to the sum must be there before the next one adds to it.
+struct Order {
+    unsigned* done;  // [W] routes that each warp has finished
+    int warp, warps, lane;
+
+    __device__ __forceinline__ void start() {
+        if (lane == 0) store_volatile(done + warp, 0u);
+    }
+
+    __device__ __forceinline__ void finish(unsigned routes) {
+        __threadfence_block();
+        __syncwarp();
+        if (lane == 0) store_volatile(done + warp, routes);
+    }
+
+    __device__ __forceinline__ void wait(unsigned routes) {
+        bool late;
+        do {
+            late = lane < warps && load_volatile(done + min(lane, warps - 1)) < routes;
+        } while (__any_sync(FULL, late));
+        __threadfence_block();
+    }
 };

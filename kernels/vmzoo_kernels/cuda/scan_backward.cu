@@ -22,9 +22,9 @@ struct Params {
     IO* dx;                  // as x
     float* sums;             // [B, L, D], without SHARED_SUM
     IO* d_rows;              // [channel blocks, B, L, K, R + 2 N]
-    float* d_params;         // [groups of batch items and segments, K, D, weight (R) | A (N) | bias | D]
+    float* d_params;         // [blocks of the grid / channel blocks, units, W, K, D, weight (R) | A (N) | bias | D]
     float* segment_states;   // [B, K, segments, N, D], or null
-    float* segment_deltas;   // [B, K, segments, D]
+    float* segment_deltas;   // [B, K, segments, W, D]
     long long dy_b, x_b, rows_b, dx_b;
     int dy_l, x_l, rows_l, dx_l;  // bytes; all others are elements
     int dy_k, x_k, rows_k, dx_k, rows_width;
@@ -78,12 +78,6 @@ __device__ __forceinline__ float sum_pair(float b, float c, Lane lane) {
     return own + __shfl_xor_sync(FULL, own, 1);
 }
 
-__device__ __forceinline__ float sum_groups(float v) {
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) v += __shfl_xor_sync(FULL, v, step);
-    return v;
-}
-
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(memory);
     const Lane lane;
@@ -94,16 +88,21 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
-    // Shared memory: [rows of each warp | mailboxes | parameter gradients of each warp | sum over routes of each unit]
+    // Shared memory: [rows of each warp | mailboxes | flags of the order | gradient of A, if D_STATE > 1 | sum over routes]
     const int all_warps = p.units * p.warps;
     constexpr int staged_size = 32 * STEPS * WORDS;
     const Rows staged = {reinterpret_cast<unsigned*>(memory) + id * staged_size, lane_id};
     float4* mailboxes = reinterpret_cast<float4*>(reinterpret_cast<unsigned*>(memory) + all_warps * staged_size);
-    float* parts = reinterpret_cast<float*>(mailboxes + 4 * D_STATE * all_warps);
-    float4* maps = reinterpret_cast<float4*>(parts + CHANNELS * PARAMS * all_warps);
+    unsigned* flags = reinterpret_cast<unsigned*>(mailboxes + 4 * D_STATE * all_warps);  // [4 all_warps]
+    float* d_rates = reinterpret_cast<float*>(flags + 4 * all_warps) + id * CHANNELS * D_STATE;
+    float4* maps = reinterpret_cast<float4*>(flags + 4 * all_warps + (D_STATE > 1 ? CHANNELS * D_STATE * all_warps : 0));
     Mail mail = {mailboxes + 4 * D_STATE * p.warps * slot, warp, p.warps};
+    Order order = {flags + p.warps * slot, warp, p.warps, lane_id};
+    order.start();
 #pragma unroll 1
     for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
+
+    __syncthreads();
 
     float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
     if (SKIP_ONCE && p.D != nullptr) {
@@ -121,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         if (!place.exists(p)) return;
         const int tile = range.tiles - 1 - place.turn;
         load_positions(next_pos, p.gather + (long long)range.k * p.steps + range.begin, tile * TILE + lane.g * STEPS,
-                       range.length, (tile + 1) * TILE <= range.length);
+                       range.length);
     };
     auto fetch_rows = [&](Place place, const Range& range) {
         if (!place.exists(p)) return;
@@ -136,7 +135,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     }
 
     for (int i_route = 0; i_route < p.route_count; i_route++) {
-        __syncthreads();
         const Range range(p, i_route, segment);
         const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
@@ -164,9 +162,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
             for (int e = 0; e < 4; e++) d_weight[i][e] = 0.0f;
         }
-        float* part = parts + CHANNELS * PARAMS * id;  // [16, R | N | 1 | 1]
+        bool waits = i_route > 0;  // until all warps have done the route before
         if (D_STATE > 1) {
-            for (int i = lane_id; i < CHANNELS * PARAMS; i += 32) part[i] = 0.0f;
+            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) d_rates[i] = 0.0f;
             __syncwarp();
         }
 
@@ -196,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                     if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
                 }
                 const Place next = Place{i_route, item, turn}.next(p, items, tiles, warp);
-                const Range next_range(p, next.exists(p) ? next.i_route : i_route, segment);
+                const Range next_range = next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
                 fetch_positions(next, next_range);
                 unsigned row[STEPS][ROW_WORDS];
                 cp_async_wait<0>();
@@ -204,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 staged.read(row);
                 if (!SAME_TABLE) {
                     int to[STEPS];
-                    load_positions(to, merge, t0, length, whole);
+                    load_positions(to, merge, t0, length);
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
                         load_four(dys[s], at(dy, max(to[s], 0), p.dy_l));
@@ -363,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                         for (int q = 0; q < 4; q++) {
                             float sum = sum_groups(d_rate[q]);
-                            if (lane.g == 0) part[(4 * lane.c + q) * PARAMS + RANK + n] += sum;
+                            if (lane.g == 0) d_rates[(4 * lane.c + q) * D_STATE + n] += sum;
                         }
                     }
                 }
@@ -452,6 +450,10 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 }
 
                 // dx
+                if (SHARED_X && p.warps > 1 && waits) {
+                    order.wait(i_route);
+                    waits = false;
+                }
                 if (SHARED_X && !starts) {
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
@@ -475,48 +477,43 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             }
         }
 
-        // Gradients of the parameters: over the groups of a warp, then over all warps of the block.
+        if (SHARED_X && p.warps > 1) order.finish(i_route + 1);
+        __syncwarp();
+
         if (SUMMARY) {
+            // The lanes of a warp hold different steps, its warps different tiles.
+            const long long i_part = (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
 #pragma unroll
             for (int q = 0; q < 4; q++) delta_sum[q] = sum_groups(delta_sum[q]);
-            if (lane.g == 0) *reinterpret_cast<float4*>(part + 4 * lane.c) = get(delta_sum);
-        } else {
+            if (lane.g == 0) *reinterpret_cast<float4*>(p.segment_deltas + i_part * p.dim + d) = get(delta_sum);
+            continue;
+        }
+
+        // Gradients of the parameters, from this warp's steps.
+        const long long i_part = ((long long)blockIdx.x / p.blocks * p.units + slot) * p.warps + warp;
+        float* part = p.d_params + ((i_part * p.num_routes + k) * p.dim + d0) * PARAMS;
 #pragma unroll
-            for (int i = 0; i < ROW_WORDS; i++) {
+        for (int i = 0; i < ROW_WORDS; i++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int r = column(lane.c, i) + e % 2;
-                    if (r < RANK) part[channel_of(e / 2, lane.g) * PARAMS + r] = d_weight[i][e];
-                }
-            }
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                float a = D_STATE == 1 ? sum_groups(d_A[q]) : 0.0f, b = sum_groups(d_bias[q]), v = sum_groups(d_D[q]);
-                float* of_channel = part + (4 * lane.c + q) * PARAMS + RANK;
-                if (lane.g == 0) {
-                    if (D_STATE == 1) of_channel[0] = a;
-                    of_channel[D_STATE] = b, of_channel[D_STATE + 1] = v;
-                }
+            for (int e = 0; e < 4; e++) {
+                const int r = column(lane.c, i) + e % 2;
+                if (r < RANK) part[channel_of(e / 2, lane.g) * PARAMS + r] = d_weight[i][e];
             }
         }
-        __syncthreads();
-        if (SUMMARY) {
-            if (items > 0 && warp == 0 && lane.g == 0) {
-                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                for (int w = 0; w < p.warps; w++) {
-                    float4 v = *reinterpret_cast<float4*>(part + w * CHANNELS * PARAMS + 4 * lane.c);
-                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-                }
-                const long long i_sequence = (long long)first_item * p.num_routes + k;
-                *reinterpret_cast<float4*>(p.segment_deltas + (i_sequence * p.num_segments + i_segment) * p.dim + d) = sum;
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            float a = D_STATE == 1 ? sum_groups(d_A[q]) : 0.0f, b = sum_groups(d_bias[q]), v = sum_groups(d_D[q]);
+            float* of_channel = part + (4 * lane.c + q) * PARAMS + RANK;
+            if (lane.g == 0) {
+                if (D_STATE == 1) of_channel[0] = a;
+                of_channel[D_STATE] = b, of_channel[D_STATE + 1] = v;
             }
-        } else {
-            float* to = p.d_params + (((long long)group * p.num_segments + segment) * p.num_routes + k) * p.dim * PARAMS + d0 * PARAMS;
-            for (int i = threadIdx.x; i < CHANNELS * PARAMS; i += blockDim.x) {
-                float sum = 0.0f;
-                for (int w = 0; w < all_warps; w++) sum += parts[w * CHANNELS * PARAMS + i];
-                to[i] = sum;
+        }
+        if (D_STATE > 1) {
+            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) {
+                part[i / D_STATE * PARAMS + RANK + i % D_STATE] = d_rates[i];
             }
+            __syncwarp();
         }
     }
 }

@@ -19,7 +19,7 @@ struct Params {
     float* states;          // at the start of each tile [B, K, tiles, N, D], or null
     float* last;            // [B, K, D, N], or null
     float* segment_states;  // [B, K, segments, N, D], or null
-    float* segment_deltas;  // [B, K, segments, D]
+    float* segment_deltas;  // [B, K, segments, W, D]
     long long x_b, rows_b, y_b;
     int x_l, rows_l, y_l;  // bytes; all others are elements
     int x_k, rows_k, y_k, rows_width;
@@ -53,14 +53,18 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
     // Shared memory of the unit: [rows | mailboxes | sum over routes [L, 16]]
-    const int staged_size = 8 * STEPS * WORDS, mailboxes = 4 * D_STATE * p.warps;
-    const int unit_size = staged_size * p.warps + mailboxes + (SUMMARY ? 4 * p.warps : REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
+    const int staged_size = 8 * STEPS * WORDS, mailboxes = (4 * D_STATE + 1) * p.warps;  // with the flags of the order
+    const int unit_size = staged_size * p.warps + mailboxes + (REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
     const Rows staged = {reinterpret_cast<unsigned*>(shared + warp * staged_size), lane_id};
     shared += staged_size * p.warps;
     Mail mail = {shared, warp, p.warps};
+    Order order = {reinterpret_cast<unsigned*>(shared + 4 * D_STATE * p.warps), warp, p.warps, lane_id};
+    order.start();
 #pragma unroll 1
     for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
+
+    if (p.warps > 1) bar_sync(1 + slot, 32 * p.warps);
 
     float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
     if (SKIP_ONCE && p.D != nullptr) {
@@ -78,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         if (!place.exists(p)) return;
         const int tile = place.turn;
         load_positions(next_pos, p.gather + (long long)range.k * p.steps + range.begin, tile * TILE + lane.g * STEPS,
-                       range.length, (tile + 1) * TILE <= range.length);
+                       range.length);
     };
     auto fetch_rows = [&](Place place, const Range& range) {
         if (!place.exists(p)) return;
@@ -93,11 +97,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     }
 
     for (int i_route = 0; i_route < p.route_count; i_route++) {
-        if (p.warps > 1) {
-            bar_sync(1 + slot, 32 * p.warps);
-        } else {
-            __syncwarp();
-        }
         const Range range(p, i_route, segment);
         const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
@@ -116,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !REDUCE || (p.ends_sum && i_route == p.route_count - 1);
         float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        bool waits = i_route > 0;  // until all warps have done the route before
 
         for (int item = 0; item < items; item++) {
             const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                 }
                 const Place next = Place{i_route, item, tile}.next(p, items, tiles, warp);
-                const Range next_range(p, next.exists(p) ? next.i_route : i_route, segment);
+                const Range next_range = next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
                 fetch_positions(next, next_range);
                 unsigned row[STEPS][ROW_WORDS];
                 cp_async_wait<0>();
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 }
                 if (SUMMARY) continue;
                 if (!SAME_TABLE) {
-                    load_positions(pos, merge, t0, length, whole);
+                    load_positions(pos, merge, t0, length);
                 }
                 if (p.D != nullptr && (!SKIP_ONCE || ends)) {
                     if (SKIP_ONCE) {  // no register held them until here
@@ -270,6 +270,10 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                         out[s][0] = fmaf(skip[0], lo.x, out[s][0]), out[s][1] = fmaf(skip[1], lo.y, out[s][1]);
                         out[s][2] = fmaf(skip[2], hi.x, out[s][2]), out[s][3] = fmaf(skip[3], hi.y, out[s][3]);
                     }
+                }
+                if (REDUCE && p.warps > 1 && waits) {
+                    order.wait(i_route);
+                    waits = false;
                 }
                 if (REDUCE && !starts) {
 #pragma unroll
@@ -296,28 +300,14 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 }
             }
         }
+        if (REDUCE && p.warps > 1) order.finish(i_route + 1);
+        __syncwarp();
         if (SUMMARY) {
-            // all lanes of a group hold different steps: add up the groups, then the warps
+            // The lanes of a warp hold different steps, its warps different tiles.
+            const long long i_part = (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) {
-#pragma unroll
-                for (int q = 0; q < 4; q++) delta_sum[q] += __shfl_xor_sync(FULL, delta_sum[q], step);
-            }
-            float4* parts = shared + mailboxes;  // [W, 4]
-            if (lane.g == 0) parts[4 * warp + lane.c] = get(delta_sum);
-            if (p.warps > 1) {
-                bar_sync(1 + slot, 32 * p.warps);
-            } else {
-                __syncwarp();
-            }
-            if (warp == 0 && lane.g == 0) {
-                float4 sum = parts[lane.c];
-                for (int w = 1; w < p.warps; w++) {
-                    float4 v = parts[4 * w + lane.c];
-                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-                }
-                *reinterpret_cast<float4*>(p.segment_deltas + (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.dim + d) = sum;
-            }
+            for (int q = 0; q < 4; q++) delta_sum[q] = sum_groups(delta_sum[q]);
+            if (lane.g == 0) *reinterpret_cast<float4*>(p.segment_deltas + i_part * p.dim + d) = get(delta_sum);
         }
     }
 }

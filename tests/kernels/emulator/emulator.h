@@ -380,8 +380,10 @@ inline void rarely() {}
 
 inline float4 load_volatile(const float4 *smem) { return *smem; }
 inline void store_volatile(float4 *smem, float4 v) { *smem = v; }
+inline unsigned load_volatile(const unsigned *smem) { return *smem; }
+inline void store_volatile(unsigned *smem, unsigned v) { *smem = v; }
+inline void wait_a_little() { emulator::give_way(); }
 inline float4 load_global(const float4 *address) { return *address; }
-inline uint4 load_global(const uint4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
 template <typename T>
@@ -402,3 +404,4 @@ inline T atomicAdd(T *address, T value) {
 }
 
 inline void __threadfence() {}
+inline void __threadfence_block() {}
