@@ -7,6 +7,8 @@ import warnings
 
 import torch
 
+from . import nvrtc
+
 _ENV = 'VMZOO_SCAN_BACKEND'
 
 
@@ -42,6 +44,17 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why the CUDA backend cannot run on a device; None if it can."""
+    if device.type != 'cuda':
+        return f'it needs a CUDA device, not {device.type}'
+    reason = nvrtc.why_not()
+    if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f'{torch.cuda.get_device_name(device)} is older than compute capability 8.0'
+    return reason
+
+
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """Each backend's name with None if it can run on the device, or the reason why not.
 
@@ -50,7 +63,8 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return {'torch': None, 'triton': why_not_triton(torch.device(device))}
+    device = torch.device(device)
+    return {'torch': None, 'triton': why_not_triton(device), 'cuda': why_not_cuda(device)}
 
 
 @functools.cache
@@ -59,11 +73,20 @@ def _warn_slow(reason: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that ``backend`` ('auto', 'torch' or 'triton') means for tensors of a dtype on a device.
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, unfit: str | None = None
+) -> str:
+    """The backend that ``backend`` ('auto', 'torch', 'triton' or 'cuda') means for tensors of a dtype on a device.
 
-    'auto' follows the environment variable VMZOO_SCAN_BACKEND if it is set, and otherwise takes Triton for CUDA tensors
-    and torch for the rest. Compiled kernels compute in float32: float64 is for the torch backend.
+    'auto' follows the environment variable VMZOO_SCAN_BACKEND if it is set. Otherwise CUDA tensors go to the CUDA
+    kernels where these take the scan, then to Triton; the rest goes to torch. Compiled kernels compute in float32:
+    float64 is for the torch backend.
+
+    Args:
+        backend: Name.
+        device: Of the tensors.
+        dtype: Of the tensors.
+        unfit: Why the CUDA kernels do not take this scan; None if they do.
 
     Raises:
         ValueError: Unknown name.
@@ -71,14 +94,20 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = tor
     """
     if backend == 'auto':
         backend = os.environ.get(_ENV, 'auto')
-    if backend not in ('auto', 'torch', 'triton'):
-        raise ValueError(f"unknown scan backend {backend!r}; choose 'auto', 'torch' or 'triton'")
+    if backend not in ('auto', 'torch', 'triton', 'cuda'):
+        raise ValueError(f"unknown scan backend {backend!r}; choose 'auto', 'torch', 'triton' or 'cuda'")
     exact = dtype == torch.float64 and not interpreted()
-    if backend == 'auto' and (device.type != 'cuda' or exact):
+    if backend == 'torch' or (backend == 'auto' and (device.type not in ('cuda', 'meta') or exact)):
         return 'torch'
+    if backend == 'cuda' or (backend == 'auto' and device.type == 'cuda'):
+        reason = unfit or why_not_cuda(device)
+        if reason is None:
+            return 'cuda'
+        if backend == 'cuda':
+            raise RuntimeError(f"scan backend 'cuda' cannot run here: {reason}")
     if backend == 'triton' and exact:
         raise RuntimeError("scan backend 'triton' cannot run here: it computes in float32, and the tensors are float64")
-    if backend in ('auto', 'triton') and device.type != 'meta':
+    if device.type != 'meta':
         reason = why_not_triton(device)
         if reason is None:
             return 'triton'

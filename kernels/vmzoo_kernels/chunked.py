@@ -231,7 +231,7 @@ def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs.unpacked()
     lanes = _lanes(gather, merge, x.shape[1], complete)
     widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]
     factors = torch.cat((dt, B, C), -1)  # read at once
@@ -259,7 +259,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
 def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias in the compute dtype; None for those not given."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus = inputs
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs.unpacked()
     dy = dy.to(x.dtype)
     lanes = _lanes(gather, merge, x.shape[1], complete)
     widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]

@@ -19,9 +19,10 @@ class ScanInputs(NamedTuple):
 
     Attributes:
         x: [B, L, D] shared by all routes, or [B, L, K, D].
-        dt: [B, L, K, R] to be projected by ``dt_weight``, or [B, L, K, D] whole.
-        B: [B, L, K, N].
-        C: [B, L, K, N].
+        dt: [B, L, K, R] to be projected by ``dt_weight``, or [B, L, K, D] whole; or rows dt | B | C
+            [B, L, K, >= R + 2N].
+        B: [B, L, K, N]; None if in the rows.
+        C: As ``B``.
         A: [K, D, N].
         D: [K, D], if there is a skip.
         dt_weight: [K, D, R], if step sizes are low-rank.
@@ -29,13 +30,14 @@ class ScanInputs(NamedTuple):
         gather: [K, S, T] int32, positions read; -1 for padding.
         merge: [K, S, T] int32, positions written; -1 for nowhere.
         complete: Every route reads and writes every position, once.
+        mirrored: Route k + K / 2 walks route k backwards.
         softplus: Of the step sizes.
     """
 
     x: Tensor
     dt: Tensor
-    B: Tensor
-    C: Tensor
+    B: Tensor | None
+    C: Tensor | None
     A: Tensor
     D: Tensor | None
     dt_weight: Tensor | None
@@ -43,7 +45,16 @@ class ScanInputs(NamedTuple):
     gather: Tensor
     merge: Tensor
     complete: bool
+    mirrored: bool
     softplus: bool
+
+    def unpacked(self) -> 'ScanInputs':
+        """With dt, B and C apart, as views of the rows."""
+        if self.B is not None:
+            return self
+        rank, d_state = self.dt_weight.shape[-1], self.A.shape[-1]
+        dt, B, C = self.dt[..., : rank + 2 * d_state].split([rank, d_state, d_state], dim=-1)
+        return self._replace(dt=dt, B=B, C=C)
 
     def in_dtype(self, dtype: torch.dtype) -> 'ScanInputs':
         """All tensors but the tables in one dtype."""

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chunked
+from . import chunked, cuda_scan
 from .backends import resolve_backend
 from .common import STATE_INTERVAL, ScanInputs, compute_dtype
 from .routes import Routes, get_routes
 
 
 def _empty_outputs(
-    x: Tensor, A: Tensor, gather: Tensor, reduce: bool, out_dtype: torch.dtype, keep: bool
+    x: Tensor, A: Tensor, gather: Tensor, reduce: bool, out_dtype: torch.dtype, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised y, last states [B, K, S, D, N], and states to ``keep`` [B, K, S, intervals, D, N] (else empty)."""
+    """Uninitialised y, last states [B, K, S, D, N], and the states that the backward pass of ``backend`` wants kept."""
     num_routes, sequences, steps = gather.shape
     (batch, length), (dim, d_state) = x.shape[:2], A.shape[1:]
     acc = compute_dtype(x.dtype)
@@ -31,16 +31,19 @@ def _empty_outputs(
     else:
         y = torch.empty_like(x, dtype=out_dtype)  # in the memory order of x
     last = x.new_empty((batch, num_routes, sequences, dim, d_state), dtype=acc)
-    kept = (batch, num_routes, sequences, -(-steps // STATE_INTERVAL), dim, d_state)
-    return y, last, x.new_empty(kept if keep else 0, dtype=acc)
+    kept = {
+        'triton': (batch, num_routes, sequences, -(-steps // STATE_INTERVAL), dim, d_state),
+        'cuda': (batch, num_routes, -(-sequences * steps // cuda_scan.TILE), d_state, dim),
+    }
+    return y, last, x.new_empty(kept.get(backend, 0) if keep else 0, dtype=acc)
 
 
 @torch.library.custom_op('vmzoo::scan', mutates_args=())
 def _scan(
     x: Tensor,
     dt: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     dt_weight: Tensor | None,
@@ -48,6 +51,7 @@ def _scan(
     gather: Tensor,
     merge: Tensor,
     complete: bool,
+    mirrored: bool,
     softplus: bool,
     reduce: bool,
     out_dtype: torch.dtype,
@@ -55,9 +59,11 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
-    out, last, states = _empty_outputs(x, A, gather, reduce, out_dtype, save_states and backend == 'triton')
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
-    if backend == 'triton':
+    out, last, states = _empty_outputs(x, A, gather, reduce, out_dtype, save_states, backend)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus)
+    if backend == 'cuda':
+        cuda_scan.forward(inputs, out, last, states)
+    elif backend == 'triton':
         from . import triton_scan
 
         triton_scan.forward(inputs, out, last, states)
@@ -68,9 +74,25 @@ def _scan(
 
 @_scan.register_fake
 def _(
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, reduce, out_dtype, save_states, backend
+    x,
+    dt,
+    B,
+    C,
+    A,
+    D,
+    dt_weight,
+    dt_bias,
+    gather,
+    merge,
+    complete,
+    mirrored,
+    softplus,
+    reduce,
+    out_dtype,
+    save_states,
+    backend,
 ):
-    return _empty_outputs(x, A, gather, reduce, out_dtype, save_states and backend == 'triton')
+    return _empty_outputs(x, A, gather, reduce, out_dtype, save_states, backend)
 
 
 @torch.library.custom_op('vmzoo::scan_backward', mutates_args=())
@@ -78,8 +100,8 @@ def _scan_backward(
     dy: Tensor,
     x: Tensor,
     dt: Tensor,
-    B: Tensor,
-    C: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
     A: Tensor,
     D: Tensor | None,
     dt_weight: Tensor | None,
@@ -88,22 +110,32 @@ def _scan_backward(
     gather: Tensor,
     merge: Tensor,
     complete: bool,
+    mirrored: bool,
     softplus: bool,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; empty for those not given."""
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus)
-    if backend == 'triton':
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus)
+    if backend == 'cuda':
+        grads = cuda_scan.backward(dy, inputs, states)
+    elif backend == 'triton':
         from . import triton_scan
 
         grads = triton_scan.backward(dy, inputs, states)
     else:
         grads = chunked.backward(dy, inputs)
-    outs = _empty_grads(inputs[:8])
-    for out, grad in zip(outs, grads):
-        if grad is not None:
-            out.copy_(grad)
-    return outs
+    if B is None and grads[2] is not None:
+        dx, d_dt, d_B, d_C, *others = grads
+        beyond = [d_dt.new_zeros(()).expand(*dt.shape[:3], dt.shape[3] - d_dt.shape[3] - 2 * d_B.shape[3])]
+        grads = (dx, torch.cat((d_dt, d_B, d_C, *beyond), dim=-1), None, None, *others)
+    return [x.new_empty(0) if v is None else _own(grad, v.dtype) for v, grad in zip(inputs[:8], grads)]
+
+
+def _own(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as the operator promises it: contiguous, in the dtype of its input, sharing memory with no other."""
+    if grad.dtype == dtype and grad.is_contiguous() and grad.untyped_storage().nbytes() == grad.nbytes:
+        return grad
+    return grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _empty_grads(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -111,21 +143,21 @@ def _empty_grads(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 
 @_scan_backward.register_fake
-def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, backend):
+def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, backend):
     return _empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, gather, merge, complete, softplus, _reduce, _out_dtype, _save_states, backend = inputs
+    *tensors, gather, merge, complete, mirrored, softplus, _reduce, _out_dtype, _save_states, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[2], gather, merge)
-    ctx.options = (complete, softplus, backend)
+    ctx.options = (complete, mirrored, softplus, backend)
 
 
 def _autograd(ctx, dy, *unused):
     *tensors, states, gather, merge = ctx.saved_tensors
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if dy is None:
         return (None,) * 8 + nothing
     grads = torch.ops.vmzoo.scan_backward(dy, *tensors, states, gather, merge, *ctx.options)
@@ -224,7 +256,8 @@ def route_scan(
 
     Args:
         x: [B, L, D], the map flattened row-major and shared by all routes, or [B, L, K, D], one map a route.
-        x_dbl: [B, L, K, R + 2N], for each position and route: low-rank step size (R), B (N) and C (N).
+        x_dbl: [B, L, K, R + 2N], for each position and route: low-rank step size (R), B (N) and C (N). It may be
+            filled up to a multiple of 8 columns, with which GPUs are faster.
         A: [K, D, N], negative.
         D: [K, D].
         dt_weight: [K, D, R].
@@ -233,7 +266,7 @@ def route_scan(
         merge: Sum over routes; otherwise return each route's outputs.
         out_dtype: dtype of the result; default: that of ``x`` (after autocast). Sums over routes can leave the range
             of float16.
-        backend: 'auto', 'torch' or 'triton'.
+        backend: 'auto', 'torch', 'triton' or 'cuda'.
 
     Returns:
         [B, L, D], or [B, L, K, D] if not ``merge``, in row-major positions.
@@ -264,17 +297,21 @@ def route_scan(
         ((batch, length, dim), '[B, L, D]') if x.ndim == 3 else ((batch, length, num_routes, dim), '[B, L, K, D]')
     )
     _expect('x', x, shape, meaning)
-    _expect('x_dbl', x_dbl, (batch, length, num_routes, rank + 2 * d_state), '[B, L, K, R + 2N]')
+    width = rank + 2 * d_state
+    if x_dbl.shape[-1] == -(-width // 8) * 8:
+        width = x_dbl.shape[-1]
+    _expect('x_dbl', x_dbl, (batch, length, num_routes, width), '[B, L, K, R + 2N]')
     _expect('A', A, (num_routes, dim, d_state), '[K, D, N]')
     _expect('D', D, (num_routes, dim), '[K, D]')
     _expect('dt_weight', dt_weight, (num_routes, dim, rank), '[K, D, R]')
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
-    dt, B, C = x_dbl.split([rank, d_state, d_state], dim=-1)
+    flowing = _flowing_dtype(x)
+    unfit = cuda_scan.why_not(flowing, dim, d_state, rank, routes.complete)
     return torch.ops.vmzoo.scan(
         x,
-        dt,
-        B,
-        C,
+        x_dbl,
+        None,
+        None,
         A,
         D,
         dt_weight,
@@ -282,11 +319,12 @@ def route_scan(
         routes.gather,
         routes.merge,
         routes.complete,
+        routes.mirrored,
         True,
         merge,
-        out_dtype or _flowing_dtype(x),
+        out_dtype or flowing,
         _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
-        resolve_backend(backend, x.device, x.dtype),
+        resolve_backend(backend, x.device, x.dtype, unfit),
     )[0]
 
 
@@ -371,7 +409,7 @@ def selective_scan(
         raise ValueError(f'B has {B.shape[1]} groups and C {C.shape[1]}: one must divide the other')
     B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
 
-    backend = resolve_backend(backend, u.device, u.dtype)
+    backend = resolve_backend(backend, u.device, u.dtype, 'it takes scans along routes')
 
     def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
         v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
@@ -392,6 +430,7 @@ def selective_scan(
         table,
         table,
         True,
+        False,
         delta_softplus,
         False,
         _flowing_dtype(u),

@@ -24,12 +24,15 @@ class Routes(NamedTuple):
             ``gather`` except for scans that put their outputs elsewhere than they read.
         num_positions: L.
         complete: whether every route reads and writes every position, exactly once each.
+        mirrored: whether route k + K / 2 visits the positions of route k in reverse, for every k < K / 2. Two such
+            routes can share what they load.
     """
 
     gather: Tensor
     merge: Tensor
     num_positions: int
     complete: bool
+    mirrored: bool = False
 
     @property
     def num_routes(self) -> int:
@@ -41,13 +44,13 @@ def _positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
 
 
-def _permutations(*orders: Tensor) -> Routes:
+def _permutations(*orders: Tensor, mirrored: bool = False) -> Routes:
     table = torch.stack([order.reshape(-1) for order in orders]).unsqueeze(1)  # [K, 1, L]
-    return Routes(table, table, table.shape[-1], True)
+    return Routes(table, table, table.shape[-1], True, mirrored)
 
 
 def _cross(pos: Tensor) -> Routes:
-    return _permutations(pos, pos.t(), pos.reshape(-1).flip(0), pos.t().reshape(-1).flip(0))
+    return _permutations(pos, pos.t(), pos.reshape(-1).flip(0), pos.t().reshape(-1).flip(0), mirrored=True)
 
 
 def _unidi(pos: Tensor) -> Routes:
@@ -56,11 +59,11 @@ def _unidi(pos: Tensor) -> Routes:
 
 def _bidi(pos: Tensor) -> Routes:
     backward = pos.reshape(-1).flip(0)
-    return _permutations(pos, pos, backward, backward)
+    return _permutations(pos, pos, backward, backward, mirrored=True)
 
 
 def _rotate(pos: Tensor) -> Routes:
-    return _permutations(*(torch.rot90(pos, k) for k in range(4)))
+    return _permutations(*(torch.rot90(pos, k) for k in range(4)), mirrored=True)
 
 
 def _forward(pos: Tensor) -> Routes:
@@ -68,7 +71,7 @@ def _forward(pos: Tensor) -> Routes:
 
 
 def _forward_backward(pos: Tensor) -> Routes:
-    return _permutations(pos, pos.reshape(-1).flip(0))
+    return _permutations(pos, pos.reshape(-1).flip(0), mirrored=True)
 
 
 def _cascade(lines: Tensor) -> Routes:
@@ -185,7 +188,9 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
                 raise ValueError(f'route {k} {verb} position {int(count.argmax())} {int(count.max())} times')
             complete = complete and bool((count == 1).all()) and row.numel() == num_positions
     tables = (gather.to(torch.int32).contiguous(), merge.to(torch.int32).contiguous())
-    return Routes(*tables, num_positions, complete)
+    half = len(tables[0]) // 2
+    mirrored = half > 0 and all(torch.equal(v[:half].flatten(1).flip(1), v[half:].flatten(1)) for v in tables)
+    return Routes(*tables, num_positions, complete, complete and mirrored)
 
 
 def gather_routes(x: Tensor, routes: Routes) -> Tensor:

@@ -615,7 +615,7 @@ class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
     def __init__(self, inputs: ScanInputs, dy: Tensor | None = None):
-        x, dt, B, C, A, D, weight, bias, gather, merge, _, softplus = inputs
+        x, dt, B, C, A, D, weight, bias, gather, merge, _, _, softplus = inputs
         acc = compute_dtype(x.dtype)
         self.acc = acc
         self.x = x
@@ -696,6 +696,7 @@ def _buffer(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, complete: boo
 
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out``, ``last`` and, unless it is empty, ``states``."""
+    inputs = inputs.unpacked()
     scan, complete = _Scan(inputs), inputs.complete
     x, dt, B, C = inputs[:4]
     parts = out
@@ -751,6 +752,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
 
 def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
+    inputs = inputs.unpacked()
     scan, complete = _Scan(inputs, dy), inputs.complete
     x, dt, B, C = inputs[:4]
     plan, acc, rank = scan.plan, scan.acc, scan.rank

@@ -24,23 +24,32 @@ def test_cpu_tensors_take_torch(no_interpreter):
 def test_a_backend_asked_for_by_name_raises_with_the_reason(no_interpreter):
     with pytest.raises(RuntimeError, match='needs a CUDA or ROCm device, not cpu'):
         resolve_backend('triton', CPU)
+    with pytest.raises(RuntimeError, match='needs a CUDA device, not cpu'):
+        resolve_backend('cuda', CPU)
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown scan backend 'cuda'"):
-        resolve_backend('cuda', CPU)
+    with pytest.raises(ValueError, match="unknown scan backend 'opencl'"):
+        resolve_backend('opencl', CPU)
 
 
 def test_slow_path_on_a_gpu_warns_once(no_interpreter, monkeypatch, recwarn):
     monkeypatch.setattr(backends, 'why_not_triton', lambda device: 'no Triton for this test')
+    monkeypatch.setattr(backends, 'why_not_cuda', lambda device: 'no NVRTC for this test')
     assert resolve_backend('auto', CUDA) == resolve_backend('auto', CUDA) == 'torch'
     assert [str(w.message) for w in recwarn] == [
         'the selective scan runs on the slow torch backend on this GPU: no Triton for this test'
     ]
 
 
-def test_gpu_tensors_take_triton(no_interpreter, monkeypatch):
+def test_gpu_tensors_take_cuda_then_triton(no_interpreter, monkeypatch):
     monkeypatch.setattr(backends, 'why_not_triton', lambda device: None)
+    monkeypatch.setattr(backends, 'why_not_cuda', lambda device: None)
+    assert resolve_backend('auto', CUDA) == 'cuda'
+    assert resolve_backend('auto', CUDA, unfit='it takes other scans') == 'triton'
+    with pytest.raises(RuntimeError, match='cannot run here: it takes other scans'):
+        resolve_backend('cuda', CUDA, unfit='it takes other scans')
+    monkeypatch.setattr(backends, 'why_not_cuda', lambda device: 'no NVRTC for this test')
     assert resolve_backend('auto', CUDA) == 'triton'
 
 

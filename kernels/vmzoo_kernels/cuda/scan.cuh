@@ -9,7 +9,7 @@
 // While a warp works a tile it loads the projected rows of the next one into shared memory.
 //
 // Defined by the launcher: IO (half_t or bfloat_t, dtype of what flows), RANK, D_STATE, WORDS (32-bit words of a
-// projected row that a lane loads), PADDED (tables hold -1).
+// projected row that a lane loads).
 
 constexpr int STEPS = 7;
 constexpr int GROUPS = 8;
@@ -131,7 +131,7 @@ struct Place {
     }
 };
 
-// Positions of a lane's steps: -1 for padding and past the end.
+// Positions of a lane's steps, -1 past the end.
 __device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* table, int t0, int length) {
     const int* p = table + t0;
 #pragma unroll

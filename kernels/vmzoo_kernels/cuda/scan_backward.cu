@@ -1,7 +1,7 @@
 // Backward scan: all gradients, walking the tiles of every route from the last to the first, from the states that the
 // forward scan kept at the start of each tile. Also defined by the launcher: DY (dtype of dy), MAX_WARPS (of a block),
 // SHARED_X (one x for all routes, so that dx is a sum over them), and the accumulator of that sum: SHARED_SUM (a map in
-// shared memory) or else float32 in global memory; SAME_TABLE, SKIP_ONCE, SEQUENCES, PADDED and SUMMARY as in the
+// shared memory) or else float32 in global memory; SAME_TABLE, SKIP_ONCE, SEQUENCES and SUMMARY as in the
 // forward scan.
 //
 // With g_t = dL/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}, what a step hands back is q_t = exp(delta_t A) g_t.
@@ -27,13 +27,13 @@ struct Params {
     float* segment_deltas;   // [B, K, segments, W, D]
     long long dy_b, x_b, rows_b, dx_b;
     int dy_l, x_l, rows_l, dx_l;  // bytes; all others are elements
-    int dy_k, x_k, rows_k, dx_k, rows_width;
-    int positions, steps, sequence, dim, num_routes, batch;
-    int blocks, warps, units, items;              // channel blocks, warps of a unit, units of a block, batch items of a unit
+    int dy_k, x_k, rows_k, dx_k;
+    int rows_width, positions, steps, sequence, dim, num_routes, batch;
+    int blocks, warps, units, items;           // channel blocks, warps of a unit, units of a block, batch items of a unit
     int segment_steps, num_segments;
-    int first_route, route_step, route_count;     // routes of this launch
-    int mirrored;                                 // every other of these routes walks the segment backwards
-    int starts_sum, ends_sum;                     // whether the sum begins, ends with this launch
+    int first_route, route_step, route_count;  // routes of this launch
+    int mirrored;                              // every other of these routes walks the segment backwards
+    int starts_sum, ends_sum;                  // whether the sum begins, ends with this launch
 };
 
 constexpr int PARAMS = RANK + D_STATE + 2;  // gradients of a channel's parameters
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 float dys[STEPS][4];
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                    const int from = !whole ? max(pos[s], 0) : pos[s];
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                     if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
                 }
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                         for (int q = 0; q < 4; q++) dys[s][q] = to[s] < 0 ? 0.0f : dys[s][q];
                     }
                 }
-                if (PADDED || !whole) {
+                if (!whole) {
                     rarely();
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
@@ -457,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 if (SHARED_X && !starts) {
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                        const int to = !whole ? max(pos[s], 0) : pos[s];
                         float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
                         d_x[s][0] += v.x, d_x[s][1] += v.y, d_x[s][2] += v.z, d_x[s][3] += v.w;
                     }

@@ -1,7 +1,7 @@
 // Forward scan; also defined by the launcher: OUT (dtype of y), MAX_WARPS (of a block), REDUCE (sum over routes), and the
 // accumulator of that sum: SHARED_SUM (a map in shared memory) or else float32 in global memory; SAME_TABLE (outputs go
 // where inputs came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a
-// route is several sequences), PADDED (a table holds -1), SUMMARY (only what a segment does to the state).
+// route is several sequences), SUMMARY (only what a segment does to the state).
 #include "prelude.cuh"
 #include "scan.cuh"
 
@@ -22,13 +22,13 @@ struct Params {
     float* segment_deltas;  // [B, K, segments, W, D]
     long long x_b, rows_b, y_b;
     int x_l, rows_l, y_l;  // bytes; all others are elements
-    int x_k, rows_k, y_k, rows_width;
-    int positions, steps, sequence, dim, num_routes;
-    int batch, blocks, warps, units, items;            // channel blocks, warps of a unit, units of a block, batch items of a unit
+    int x_k, rows_k, y_k;
+    int rows_width, positions, steps, sequence, dim, num_routes, batch;
+    int blocks, warps, units, items;           // channel blocks, warps of a unit, units of a block, batch items of a unit
     int segment_steps, num_segments;
-    int first_route, route_step, route_count;          // routes of this launch
-    int mirrored;                                      // every other of these routes walks the segment backwards
-    int starts_sum, ends_sum;                          // whether the sum begins, ends with this launch
+    int first_route, route_step, route_count;  // routes of this launch
+    int mirrored;                              // every other of these routes walks the segment backwards
+    int starts_sum, ends_sum;                  // whether the sum begins, ends with this launch
 };
 
 // Four neighbouring channels.
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 uint2 xs[STEPS];
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const int from = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                    const int from = !whole ? max(pos[s], 0) : pos[s];
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                 }
                 const Place next = Place{i_route, item, tile}.next(p, items, tiles, warp);
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 cp_async_wait<0>();
                 if (D_STATE > 1) __syncwarp();
                 staged.read(row);
-                if (PADDED || !whole) {
+                if (!whole) {
                     rarely();
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                         u[s][q] = delta[s][q] * x4[q];
                     }
                 }
-                if (!whole) {  // A step past the end leaves the state alone; padding inside the route does not.
+                if (!whole) {  // a step past the end leaves the state alone
                     rarely();
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 if (REDUCE && !starts) {
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        const int to = PADDED || !whole ? max(pos[s], 0) : pos[s];
+                        const int to = !whole ? max(pos[s], 0) : pos[s];
                         float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
                         out[s][0] += v.x, out[s][1] += v.y, out[s][2] += v.z, out[s][3] += v.w;
                     }
