@@ -284,7 +284,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     plan, x, rows, rank = scan.plan, scan.x, scan.rows, scan.rank
     dy = dy if _aligned(dy, 4 * dy.element_size()) else dy.contiguous()
     dx = x.new_empty(x.shape)
-    d_rows = x.new_empty(inputs.dt.shape if inputs.B is None else rows.shape)
+    d_rows = x.new_empty(rows.shape)
     d_A, d_weight = x.new_empty(scan.A.shape, dtype=torch.float32), x.new_empty(scan.weight.shape, dtype=torch.float32)
     d_D, d_bias = (x.new_empty((num_routes, dim), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
@@ -322,7 +322,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
         addresses = (_address(v) for v in (d_params, d_weight, d_A, d_bias, d_D))
         params = _SUM_PARAMS.pack(*addresses, num_params, num_routes, dim, skip_once)
         kernel.launch((-(-d_params[0].numel() // 32),), 256, 1024, params)
-    grads = (d_rows, None, None)
+    grads = (d_rows[..., : inputs.dt.shape[-1]], None, None)
     if inputs.B is not None:
         grads = d_rows[..., : rank + 2 * d_state].split([rank, d_state, d_state], dim=-1)
     return (dx, *grads, d_A, None if inputs.D is None else d_D, d_weight, None if inputs.dt_bias is None else d_bias)
