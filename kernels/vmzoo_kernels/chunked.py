@@ -5,7 +5,7 @@ carries the state across them, and a last one adds what each chunk inherited. St
 channels at a time and recomputed in the backward pass, so nothing of size B·D·N·L is ever stored. Batch items and
 routes are worked off in blocks that fit a CPU's caches.
 
-Inside this file a tensor "in lanes" is [B, K, T, M, ...]: step ``t`` of every lane is contiguous, and the M = S·C lanes
+Inside this file a tensor "in lanes" is [K, B, T, M, ...]: step ``t`` of every lane is contiguous, and the M = S·C lanes
 are the C chunks of each of the S sequences of a route. Rows are put in lanes, and back, by ``embedding_bag``: a gather
 that sums over routes on the way, in a fixed order, and on a CPU many times faster than ``index_select``.
 """
@@ -86,6 +86,10 @@ def _lanes(gather: Tensor, merge: Tensor, num_positions: int, complete: bool) ->
     return lanes
 
 
+def _range(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
+
+
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
     """Rows [R, F] at an index [...]: [..., F]."""
     return F.embedding_bag(index.reshape(-1, 1), rows, mode='sum').view(*index.shape, rows.shape[-1])
@@ -107,46 +111,46 @@ class _Block(NamedTuple):
         return self._in_lanes(dy, self.lanes.merge, self.lanes.unwritten)
 
     def _in_lanes(self, x: Tensor, table: Tensor, absent: Tensor | None) -> Tensor:
-        x, index = x[self.batch], table[self.routes]
-        per_item = x[0].numel() // x.shape[-1]
+        x, index = x[self.batch], table[self.routes].unsqueeze(1)  # [K, 1, T, M]
         if x.ndim == 4:
-            index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device)[self.routes, None, None]
-        starts = per_item * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1, 1)
-        out = _pick(x.reshape(-1, x.shape[-1]), index + starts)
-        return out if absent is None else out.masked_fill_(absent[self.routes].unsqueeze(-1), 0.0)
+            index = index * x.shape[2] + _range(x.shape[2], x)[self.routes].view(-1, 1, 1, 1)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(x) > 1:
+            index = index + (len(rows) // len(x) * _range(len(x), x)).view(-1, 1, 1)
+        out = _pick(rows, index)
+        return out if absent is None else out.masked_fill_(absent[self.routes, None, ..., None], 0.0)
+
+    def parameter(self, v: Tensor) -> Tensor:
+        """[K, D] against tensors in lanes."""
+        return v[self.routes, None, None, None]
 
     def project(self, dt: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Step sizes [B, K, T, M, D] before the softplus, from dt in lanes."""
+        """Step sizes before the softplus, from dt in lanes."""
         if weight is None:
-            return dt.clone() if bias is None else dt + bias[self.routes, None, None]
-        items, num_routes, steps, lanes, _ = dt.shape
-        weight = weight[self.routes].mT.expand(items, -1, -1, -1).flatten(0, 1)  # [B·K, R, D]
-        rows = dt.flatten(0, 1).flatten(1, 2)  # [B·K, T·M, R]
-        if bias is None:
-            out = torch.bmm(rows, weight)
-        else:
-            out = torch.baddbmm(bias[self.routes].unsqueeze(1).repeat(items, 1, 1), rows, weight)
-        return out.view(items, num_routes, steps, lanes, -1)
+            return dt.clone() if bias is None else dt + self.parameter(bias)
+        rows, weight = dt.flatten(1, 3), weight[self.routes].mT  # [K, B·T·M, R] and [K, R, D]
+        out = rows @ weight if bias is None else torch.baddbmm(bias[self.routes].unsqueeze(1), rows, weight)
+        return out.view(*dt.shape[:-1], -1)
 
     def rest(self, delta: Tensor) -> Tensor:
         """Step sizes with those past the end of a sequence set to zero, in place: they leave the state alone."""
         if self.lanes.neutral is None:
             return delta
-        return delta.masked_fill_(self.lanes.neutral[self.routes].unsqueeze(-1), 0.0)
+        return delta.masked_fill_(self.lanes.neutral[self.routes, None, ..., None], 0.0)
 
     def put_back(self, y: Tensor, steps: Tensor, out: Tensor) -> None:
-        """This block's [B, K, T, M, F], at the positions given by steps [L, K], into its part of ``out``.
+        """This block's [K, B, T, M, F], at the positions given by steps [L, K], into its part of ``out``.
 
         That is [B, L, F], to which routes are added one after the other, or [B, L, K, F].
         """
         reduce = out.ndim == 3
         steps = steps[:, self.routes]
-        items, num_routes, features = y.shape[0], y.shape[1], y.shape[-1]
-        starts = y.shape[2] * y.shape[3] * torch.arange(items * num_routes, device=y.device)
-        index = steps.clamp(min=0) + starts.view(items, 1, num_routes)  # [B, L, K]
+        num_routes, items, features = y.shape[0], y.shape[1], y.shape[-1]
+        starts = y.shape[2] * y.shape[3] * _range(num_routes * items, y).view(num_routes, items)
+        index = steps.clamp(min=0) + starts.t().unsqueeze(1)  # [B, L, K]
         rows = y.reshape(-1, features)
         if reduce and self.lanes.complete:
-            placed = F.embedding_bag(index.view(-1, num_routes), rows, mode='sum').view(items, len(steps), features)
+            placed = F.embedding_bag(index.reshape(-1, num_routes), rows, mode='sum').view(items, len(steps), features)
         else:
             placed = _pick(rows, index)
             if not self.lanes.complete:  # by a mask, not by a weight of zero: 0 * NaN would reach where no route goes
@@ -180,17 +184,6 @@ def _blocks(x: Tensor, lanes: _Lanes) -> Iterator[_Block]:
             yield _Block(slice(b, b + items), slice(k, k + routes), lanes)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """softplus, small values too, to a few roundings; ``F.softplus`` takes ten times as long on a CPU at times."""
-    e = x.clamp(max=30.0).mul_(1 / math.log(2)).exp2_()
-    w = e + 1.0
-    out = w - 1.0
-    e.sub_(out)
-    # log1p(e) = log(w) + (e - (w - 1)) / w restores what the rounding of 1 + e lost.
-    torch.log(w, out=out).addcdiv_(e, w)
-    return torch.maximum(out, x, out=out)
-
-
 def _decay(delta: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """exp(delta A); on a CPU torch's exp2 is four times faster than its exp."""
     return torch.mul(delta, a / math.log(2), out=out).exp2_()
@@ -199,13 +192,13 @@ def _decay(delta: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
 def _states(decay: Tensor, inputs: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     """States of one state channel in lanes, from exp(delta A) and delta u B (both overwritten).
 
-    Returns h_t, in the memory of ``inputs``, and each lane's last state [B, K, S, C, D], a part of it.
+    Returns h_t, in the memory of ``inputs``, and each lane's last state [K, B, S, C, D], a part of it.
     """
     h, a = inputs.unbind(2), decay.unbind(2)
     for t in range(1, len(h)):
         h[t].addcmul_(a[t], h[t - 1])
         a[t].mul_(a[t - 1])
-    inputs, decay = (v.unflatten(3, (sequences, -1)) for v in (inputs, decay))  # [B, K, T, S, C, D]
+    inputs, decay = (v.unflatten(3, (sequences, -1)) for v in (inputs, decay))  # [K, B, T, S, C, D]
     end, total = inputs[:, :, -1].unbind(3), decay[:, :, -1].unbind(3)
     for c in range(1, len(end)):
         end[c].addcmul_(total[c], end[c - 1])
@@ -237,19 +230,20 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     factors = torch.cat((dt, B, C), -1)  # read at once
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     for block in _blocks(x, lanes):
-        k = block.routes
         dt, b, c = block.read(factors).split(widths, -1)
         delta = block.project(dt, dt_weight, dt_bias)
-        delta = block.rest(_softplus(delta) if softplus else delta)
+        if softplus:
+            torch._C._nn.softplus(delta, out=delta)
+        block.rest(delta)
         u = block.read(x)
-        y = torch.zeros_like(u) if D is None else u * D[k, None, None]
+        y = torch.zeros_like(u) if D is None else u * block.parameter(D)
         delta_u = u.mul_(delta)
         for n in range(A.shape[-1]):
             final = n == A.shape[-1] - 1  # overwrite: memory that is new costs a CPU more than the arithmetic
             added = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
-            decay = _decay(delta, A[k, None, None, :, n], out=delta if final else None)
+            decay = _decay(delta, block.parameter(A[..., n]), out=delta if final else None)
             h, ends = _states(decay, added, lanes.num_sequences)
-            last[block.batch, k, ..., n] = ends[:, :, :, -1]
+            last[block.batch, block.routes, ..., n] = ends[:, :, :, -1].transpose(0, 1)
             y.addcmul_(h, c[..., n : n + 1])
         block.put_back(y, lanes.writer, result)
     if result is not out:
@@ -273,12 +267,12 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
         d_routed = torch.empty_like(routed)
         d_dt, db, dc = d_routed.split(widths, -1)
         raw = block.project(routed_dt, dt_weight, dt_bias)
-        delta = block.rest(_softplus(raw) if softplus else raw)
+        delta = block.rest(F.softplus(raw) if softplus else raw)
         u, dy_block = block.read(x), block.written(dy)
         delta_u = delta * u
         d_delta, d_delta_u = torch.zeros_like(delta), torch.zeros_like(delta)
         for n in range(A.shape[-1]):
-            a = A[k, None, None, :, n]
+            a = block.parameter(A[..., n])
             bn, cn = b[..., n : n + 1], c[..., n : n + 1]
             decay = _decay(delta, a)
             h, ends = _states(decay.clone(), delta_u * bn, lanes.num_sequences)
@@ -292,23 +286,23 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
             first[:, :, :, 1:].mul_(ends[:, :, :, :-1])
             first[:, :, :, 0].zero_()
             d_delta.addcmul_(decayed, a)
-            dA[k, :, n] += (decayed * delta).sum((0, 2, 3))
+            dA[k, :, n] += (decayed * delta).sum((1, 2, 3))
 
         du = d_delta_u * delta
         d_delta.addcmul_(d_delta_u, u)
         if D is not None:
-            du.addcmul_(dy_block, D[k, None, None])
-            dD[k] += (dy_block * u).sum((0, 2, 3))
+            du.addcmul_(dy_block, block.parameter(D))
+            dD[k] += (dy_block * u).sum((1, 2, 3))
         if softplus:
             d_delta.mul_(torch.sigmoid(raw))
         block.rest(d_delta)
         if dt_bias is not None:
-            d_bias[k] += d_delta.sum((0, 2, 3))
+            d_bias[k] += d_delta.sum((1, 2, 3))
         if dt_weight is None:
             d_dt.copy_(d_delta)
         else:
-            flat = d_delta.flatten(2, 3)  # [B, K, T·M, D]
-            d_weight[k] += (flat.mT @ routed_dt.flatten(2, 3)).sum(0)
+            flat = d_delta.flatten(1, 3)  # [K, B·T·M, D]
+            d_weight[k] += flat.mT @ routed_dt.flatten(1, 3)
             d_dt.copy_((flat @ dt_weight[k]).view_as(d_dt))
         block.put_back(du, lanes.reader, dx)
         block.put_back(d_routed, lanes.reader, d_factors)
