@@ -90,9 +90,11 @@ def _range(n: int, like: Tensor) -> Tensor:
     return torch.arange(n, device=like.device)
 
 
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [R, F] at an index [...]: [..., F]."""
-    return F.embedding_bag(index.reshape(-1, 1), rows, mode='sum').view(*index.shape, rows.shape[-1])
+def _pick(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows [R, F] at an index [...]: [..., F], in the contiguous ``out`` if given."""
+    out = rows.new_empty(*index.shape, rows.shape[-1]) if out is None else out
+    torch.index_select(rows, 0, index.reshape(-1), out=out.view(-1, rows.shape[-1]))
+    return out
 
 
 class _Block(NamedTuple):
@@ -102,35 +104,38 @@ class _Block(NamedTuple):
     routes: slice
     lanes: _Lanes
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """[B, L, F] or [B, L, K, F] in this block's lanes; zeros where nothing is read."""
-        return self._in_lanes(x, self.lanes.gather, self.lanes.unread)
+        return self._in_lanes(x, self.lanes.gather, self.lanes.unread, out)
 
     def written(self, dy: Tensor) -> Tensor:
         """What arrives at the positions that this block's steps write."""
         return self._in_lanes(dy, self.lanes.merge, self.lanes.unwritten)
 
-    def _in_lanes(self, x: Tensor, table: Tensor, absent: Tensor | None) -> Tensor:
+    def _in_lanes(self, x: Tensor, table: Tensor, absent: Tensor | None, out: Tensor | None = None) -> Tensor:
         x, index = x[self.batch], table[self.routes].unsqueeze(1)  # [K, 1, T, M]
         if x.ndim == 4:
             index = index * x.shape[2] + _range(x.shape[2], x)[self.routes].view(-1, 1, 1, 1)
         rows = x.reshape(-1, x.shape[-1])
         if len(x) > 1:
             index = index + (len(rows) // len(x) * _range(len(x), x)).view(-1, 1, 1)
-        out = _pick(rows, index)
+        out = _pick(rows, index, out)
         return out if absent is None else out.masked_fill_(absent[self.routes, None, ..., None], 0.0)
 
     def parameter(self, v: Tensor) -> Tensor:
         """[K, D] against tensors in lanes."""
         return v[self.routes, None, None, None]
 
-    def project(self, dt: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Step sizes before the softplus, from dt in lanes."""
+    def project(self, dt: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> Tensor:
+        """Step sizes before the softplus, from dt in lanes, into ``out``."""
         if weight is None:
-            return dt.clone() if bias is None else dt + self.parameter(bias)
+            return out.copy_(dt) if bias is None else torch.add(dt, self.parameter(bias), out=out)
         rows, weight = dt.flatten(1, 3), weight[self.routes].mT  # [K, B·T·M, R] and [K, R, D]
-        out = rows @ weight if bias is None else torch.baddbmm(bias[self.routes].unsqueeze(1), rows, weight)
-        return out.view(*dt.shape[:-1], -1)
+        if bias is None:
+            torch.bmm(rows, weight, out=out.flatten(1, 3))
+        else:
+            torch.baddbmm(bias[self.routes].unsqueeze(1), rows, weight, out=out.flatten(1, 3))
+        return out
 
     def rest(self, delta: Tensor) -> Tensor:
         """Step sizes with those past the end of a sequence set to zero, in place: they leave the state alone."""
@@ -221,22 +226,34 @@ def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
     return g.addcmul_(later, inherited.unsqueeze(2))
 
 
+def _factors(inputs: ScanInputs) -> tuple[Tensor, list[int]]:
+    """dt, B and C side by side [B, L, K, R + 2N], to be read at once, and their widths."""
+    apart = inputs.unpacked()
+    widths = [v.shape[-1] for v in (apart.dt, apart.B, apart.C)]
+    if inputs.B is None:
+        return inputs.dt[..., : sum(widths)], widths
+    return torch.cat((inputs.dt, inputs.B, inputs.C), -1), widths
+
+
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs.unpacked()
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs
     lanes = _lanes(gather, merge, x.shape[1], complete)
-    widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]
-    factors = torch.cat((dt, B, C), -1)  # read at once
+    factors, widths = _factors(inputs)
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     for block in _blocks(x, lanes):
         dt, b, c = block.read(factors).split(widths, -1)
-        delta = block.project(dt, dt_weight, dt_bias)
+        u, delta, y = x.new_empty(3, *dt.shape[:-1], x.shape[-1])  # at once: freed apart, they go back to the system
+        block.read(x, out=u)
+        block.project(dt, dt_weight, dt_bias, out=delta)
         if softplus:
-            torch._C._nn.softplus(delta, out=delta)
+            torch.ops.aten.softplus.out(delta, out=delta)
         block.rest(delta)
-        u = block.read(x)
-        y = torch.zeros_like(u) if D is None else u * block.parameter(D)
+        if D is None:
+            y.zero_()
+        else:
+            torch.mul(u, block.parameter(D), out=y)
         delta_u = u.mul_(delta)
         for n in range(A.shape[-1]):
             final = n == A.shape[-1] - 1  # overwrite: memory that is new costs a CPU more than the arithmetic
@@ -253,11 +270,10 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
 def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias in the compute dtype; None for those not given."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs.unpacked()
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs
     dy = dy.to(x.dtype)
     lanes = _lanes(gather, merge, x.shape[1], complete)
-    widths = [dt.shape[-1], B.shape[-1], C.shape[-1]]
-    factors = torch.cat((dt, B, C), -1)
+    factors, widths = _factors(inputs)
     dx, d_factors = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, factors))
     dA, dD, d_weight, d_bias = (v if v is None else torch.zeros_like(v) for v in (A, D, dt_weight, dt_bias))
     for block in _blocks(x, lanes):
@@ -266,9 +282,10 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
         routed_dt, b, c = routed.split(widths, -1)
         d_routed = torch.empty_like(routed)
         d_dt, db, dc = d_routed.split(widths, -1)
-        raw = block.project(routed_dt, dt_weight, dt_bias)
+        u = block.read(x)
+        raw = block.project(routed_dt, dt_weight, dt_bias, out=u.new_empty(u.shape))
         delta = block.rest(F.softplus(raw) if softplus else raw)
-        u, dy_block = block.read(x), block.written(dy)
+        dy_block = block.written(dy)
         delta_u = delta * u
         d_delta, d_delta_u = torch.zeros_like(delta), torch.zeros_like(delta)
         for n in range(A.shape[-1]):
