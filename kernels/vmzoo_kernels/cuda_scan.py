@@ -257,7 +257,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor, states: Tensor) -> No
         return
     num_routes, _, d_state = inputs.A.shape
     reduce = out.ndim == 3 and num_routes > 1
-    scan = _Scan(inputs, _forward_warps(d_state), reduce, 64 * d_state + 16)
+    scan = _Scan(inputs, _forward_warps(d_state), reduce, 72 * d_state + 16)
     x, rows = scan.x, scan.rows
     sums = None
     if reduce and not scan.plan.shared_sum:
@@ -280,7 +280,7 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
     num_routes, dim, d_state = inputs.A.shape
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
-    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 64 * d_state + 16 + (64 * d_state if d_state > 1 else 0))
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 72 * d_state + 16 + (64 * d_state if d_state > 1 else 0))
     plan, x, rows, rank = scan.plan, scan.x, scan.rows, scan.rank
     dy = dy if _aligned(dy, 4 * dy.element_size()) else dy.contiguous()
     dx = x.new_empty(x.shape)

@@ -7,6 +7,7 @@ matrix product on the map itself, before any reordering; the routes exist only i
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmzoo_kernels import Routes, get_routes, route_scan

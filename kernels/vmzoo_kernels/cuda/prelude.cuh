@@ -243,34 +243,42 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Shared memory by which warps speak to each other while they run: 16 bytes at once, never from a register.
+// A barrier in shared memory that completes a phase when `count` threads have arrived; what they wrote before is there for
+// those that waited for the phase. Phases are told apart by their parity: the first is 0.
 
-__device__ __forceinline__ float4 load_volatile(const float4* smem) {
-    float4 v;
-    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared_address(smem))
-                 : "memory");
-    return v;
+__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier, unsigned count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void store_volatile(float4* smem, float4 v) {
-    asm volatile("st.volatile.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(smem)), "f"(v.x), "f"(v.y),
-                 "f"(v.z), "f"(v.w)
-                 : "memory");
+__device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b64 state;\n"
+        "mbarrier.arrive.shared.b64 state, [%0];\n"
+        "}" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
-__device__ __forceinline__ unsigned load_volatile(const unsigned* smem) {
-    unsigned v;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(smem)) : "memory");
-    return v;
+__device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+#define VMZOO_WAIT "mbarrier.try_wait.parity.shared.b64"  // sleeps
+#else
+#define VMZOO_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    unsigned done;
+    do {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n" VMZOO_WAIT
+            " done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n"
+            "}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    } while (!done);
+#undef VMZOO_WAIT
 }
-
-__device__ __forceinline__ void store_volatile(unsigned* smem, unsigned v) {
-    asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(smem)), "r"(v) : "memory");
-}
-
-__device__ __forceinline__ void wait_a_little() {}
 
 // An 8x8 matrix of 16-bit values, two neighbours of row lane / 4 in each lane, turned over its diagonal.
 __device__ __forceinline__ unsigned transpose(unsigned x) {

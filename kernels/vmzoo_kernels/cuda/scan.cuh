@@ -283,57 +283,34 @@ __device__ __forceinline__ float sum_groups(float v) {
 __device__ __forceinline__ void set(float (&v)[4], float4 from) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
 __device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// How warps hand a state on: for each of N states every warp has a mailbox, which the warp of the next tile empties. A
-// box holds EMPTY, or data.
+// How warps hand a state on: for each of N states every warp has a mailbox, which the warp of the next tile empties. Whoever
+// waits sleeps: polling would take the issue slots of those that work.
 struct Mail {
-    float4* boxes;  // [N, W, 4]
+    float4* boxes;                // [N, W, 4]
+    unsigned long long* arrived;  // [N, W] barriers, one phase a message
     int warp, warps;
 
-    __device__ __forceinline__ void clear(int n, Lane lane) {
-        if (lane.g == 0) store_volatile(box(n, warp, lane.c), make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f));
+    static constexpr int SIZE = D_STATE * (4 * 16 + 8);  // bytes of a warp
+
+    __device__ __forceinline__ Mail(void* memory, int warp, int warps)
+        : boxes(static_cast<float4*>(memory)), arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * D_STATE * warps)),
+          warp(warp), warps(warps) {}
+
+    __device__ __forceinline__ void start(int lane) {
+        for (int n = lane; n < D_STATE; n += 32) mbarrier_init(arrived + n * warps + warp, 4);
     }
 
-    __device__ __forceinline__ void receive(float (&h)[4], int n, Lane lane) {
-        float4* from = box(n, warp == 0 ? warps - 1 : warp - 1, lane.c);
-        float4 v;
-        do {
-            v = load_volatile(from);
-        } while (__any_sync(FULL, __float_as_uint(v.x) == EMPTY));
-        if (lane.g == 0) store_volatile(from, make_float4(__uint_as_float(EMPTY), 0.0f, 0.0f, 0.0f));
-        __syncwarp();
-        set(h, v);
+    // The sender's messages so far, of each state, are the receiver's `before`.
+    __device__ __forceinline__ void receive(float (&h)[4], int n, int c, unsigned before) const {
+        const int from = warp == 0 ? warps - 1 : warp - 1;
+        mbarrier_wait(arrived + n * warps + from, before & 1);
+        set(h, boxes[4 * (n * warps + from) + c]);
+        __syncwarp();  // once one lane hands on, the sender may get to its next message: all must have read this one
     }
 
     // By the four lanes of one group.
-    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) {
-        float4* to = box(n, warp, c);
-        while (__float_as_uint(load_volatile(to).x) != EMPTY) wait_a_little();  // of the route before
-        store_volatile(to, get(h));
-    }
-
-    __device__ __forceinline__ float4* box(int n, int of, int c) { return boxes + 4 * (n * warps + of) + c; }
-};
-
-// Orders the routes of a unit: what one adds to the sum must be there before the next one adds to it.
-struct Order {
-    unsigned* done;  // [W] routes that each warp has finished
-    int warp, warps, lane;
-
-    __device__ __forceinline__ void start() {
-        if (lane == 0) store_volatile(done + warp, 0u);
-    }
-
-    __device__ __forceinline__ void finish(unsigned routes) {
-        __threadfence_block();
-        __syncwarp();
-        if (lane == 0) store_volatile(done + warp, routes);
-    }
-
-    __device__ __forceinline__ void wait(unsigned routes) {
-        bool late;
-        do {
-            late = lane < warps && load_volatile(done + min(lane, warps - 1)) < routes;
-        } while (__any_sync(FULL, late));
-        __threadfence_block();
+    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) const {
+        boxes[4 * (n * warps + warp) + c] = get(h);
+        mbarrier_arrive(arrived + n * warps + warp);
     }
 };

@@ -88,20 +88,17 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
-    // Shared memory: [rows of each warp | mailboxes | flags of the order | gradient of A, if D_STATE > 1 | sum over routes]
+    // Shared memory: [rows of each warp | mailboxes | gradient of A, if D_STATE > 1 | sum over routes of each unit]
     const int all_warps = p.units * p.warps;
     constexpr int staged_size = 32 * STEPS * WORDS;
     const Rows staged = {reinterpret_cast<unsigned*>(memory) + id * staged_size, lane_id};
-    float4* mailboxes = reinterpret_cast<float4*>(reinterpret_cast<unsigned*>(memory) + all_warps * staged_size);
-    unsigned* flags = reinterpret_cast<unsigned*>(mailboxes + 4 * D_STATE * all_warps);  // [4 all_warps]
-    float* d_rates = reinterpret_cast<float*>(flags + 4 * all_warps) + id * CHANNELS * D_STATE;
-    float4* maps = reinterpret_cast<float4*>(flags + 4 * all_warps + (D_STATE > 1 ? CHANNELS * D_STATE * all_warps : 0));
-    Mail mail = {mailboxes + 4 * D_STATE * p.warps * slot, warp, p.warps};
-    Order order = {flags + p.warps * slot, warp, p.warps, lane_id};
-    order.start();
-#pragma unroll 1
-    for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
-
+    unsigned char* mailboxes = memory + 4 * all_warps * staged_size;
+    const int unit_mail = (Mail::SIZE * p.warps + 15) / 16 * 16;
+    Mail mail(mailboxes + slot * unit_mail, warp, p.warps);
+    mail.start(lane_id);
+    unsigned received = 0;
+    float* d_rates = reinterpret_cast<float*>(mailboxes + p.units * unit_mail) + id * CHANNELS * D_STATE;
+    float4* maps = reinterpret_cast<float4*>(mailboxes + p.units * unit_mail) + (D_STATE > 1 ? 4 * D_STATE * all_warps : 0);
     __syncthreads();
 
     float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
@@ -162,7 +159,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
             for (int e = 0; e < 4; e++) d_weight[i][e] = 0.0f;
         }
-        bool waits = i_route > 0;  // until all warps have done the route before
+        // Before the first state is handed on, all warps of the unit must have done with the route before.
+        bool joins = i_route > 0;
         if (D_STATE > 1) {
             for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) d_rates[i] = 0.0f;
             __syncwarp();
@@ -287,8 +285,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                     for (int q = 0; q < 4; q++) map.a[q] = back.a[q];
                     const Maps total = back.scan<true>(lane);
+                    if (p.warps > 1 && joins) {
+                        bar_sync(1 + slot, 32 * p.warps);
+                        joins = false;
+                    }
                     if (turn > 0) {
-                        mail.receive(q_after, n, lane);
+                        mail.receive(q_after, n, lane.c, received);
                     } else if (p.segment_states != nullptr && !SUMMARY) {
                         set(q_after, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
                     }
@@ -365,6 +367,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                         }
                     }
                 }
+                if (turn > 0) received++;
                 if (SUMMARY) {
                     if (D_STATE > 1 || ROW_WORDS > 2) {
                         __syncwarp();
@@ -450,10 +453,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 }
 
                 // dx
-                if (SHARED_X && p.warps > 1 && waits) {
-                    order.wait(i_route);
-                    waits = false;
-                }
                 if (SHARED_X && !starts) {
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
@@ -477,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             }
         }
 
-        if (SHARED_X && p.warps > 1) order.finish(i_route + 1);
+        if (p.warps > 1 && joins) bar_sync(1 + slot, 32 * p.warps);
         __syncwarp();
 
         if (SUMMARY) {

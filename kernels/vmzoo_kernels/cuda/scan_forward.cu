@@ -53,17 +53,15 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
     // Shared memory of the unit: [rows | mailboxes | sum over routes [L, 16]]
-    const int staged_size = 8 * STEPS * WORDS, mailboxes = (4 * D_STATE + 1) * p.warps;  // with the flags of the order
+    const int staged_size = 8 * STEPS * WORDS, mailboxes = Mail::SIZE * p.warps / 16 + 1;
     const int unit_size = staged_size * p.warps + mailboxes + (REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
     const Rows staged = {reinterpret_cast<unsigned*>(shared + warp * staged_size), lane_id};
     shared += staged_size * p.warps;
-    Mail mail = {shared, warp, p.warps};
-    Order order = {reinterpret_cast<unsigned*>(shared + 4 * D_STATE * p.warps), warp, p.warps, lane_id};
-    order.start();
-#pragma unroll 1
-    for (int n = 0; n < D_STATE; n++) mail.clear(n, lane);
-
+    Mail mail(shared, warp, p.warps);
+    mail.start(lane_id);
+    unsigned received = 0;
+    __syncwarp();
     if (p.warps > 1) bar_sync(1 + slot, 32 * p.warps);
 
     float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
@@ -115,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !REDUCE || (p.ends_sum && i_route == p.route_count - 1);
         float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        bool waits = i_route > 0;  // until all warps have done the route before
+        // Before the first state is handed on, all warps of the unit must have done with the route before.
+        bool joins = i_route > 0;
 
         for (int item = 0; item < items; item++) {
             const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
@@ -214,8 +213,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     const Maps total = map.scan<false>(lane);
                     float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                     const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
+                    if (p.warps > 1 && joins) {
+                        bar_sync(1 + slot, 32 * p.warps);
+                        joins = false;
+                    }
                     if (tile > 0) {
-                        mail.receive(h, n, lane);
+                        mail.receive(h, n, lane.c, received);
                     } else if (p.segment_states != nullptr && !SUMMARY) {
                         set(h, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
                     }
@@ -249,6 +252,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                         }
                     }
                 }
+                if (tile > 0) received++;
                 if (D_STATE > 1) {
                     __syncwarp();
                     fetch_rows(next, next_range);
@@ -270,10 +274,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                         out[s][0] = fmaf(skip[0], lo.x, out[s][0]), out[s][1] = fmaf(skip[1], lo.y, out[s][1]);
                         out[s][2] = fmaf(skip[2], hi.x, out[s][2]), out[s][3] = fmaf(skip[3], hi.y, out[s][3]);
                     }
-                }
-                if (REDUCE && p.warps > 1 && waits) {
-                    order.wait(i_route);
-                    waits = false;
                 }
                 if (REDUCE && !starts) {
 #pragma unroll
@@ -300,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                 }
             }
         }
-        if (REDUCE && p.warps > 1) order.finish(i_route + 1);
+        if (p.warps > 1 && joins) bar_sync(1 + slot, 32 * p.warps);
         __syncwarp();
         if (SUMMARY) {
             // The lanes of a warp hold different steps, its warps different tiles.

@@ -347,20 +347,33 @@ inline void cp_async_wait() {
     emulator::finish_copies(emulator::current->groups - n);
 }
 
-struct AnyVote {
-    bool value, result;
+// Barriers in shared memory
+
+namespace emulator {
+
+struct Mbarrier {
+    unsigned short count, arrived;
+    unsigned phase;
 };
 
-inline bool __any_sync(unsigned mask, bool value) {
-    AnyVote data = {value, value};
-    auto perform = [](unsigned mask, void *const *lanes) {
-        bool any = false;
-        for (int i = 0; i < 32; i++) any |= (mask >> i & 1) && static_cast<AnyVote *>(lanes[i])->value;
-        for (int i = 0; i < 32; i++)
-            if (mask >> i & 1) static_cast<AnyVote *>(lanes[i])->result = any;
-    };
-    emulator::collective("a vote", mask, perform, &data);
-    return data.result;
+inline Mbarrier &mbarrier(unsigned long long *address) { return *reinterpret_cast<Mbarrier *>(address); }
+
+}  // namespace emulator
+
+inline void mbarrier_init(unsigned long long *barrier, unsigned count) {
+    emulator::mbarrier(barrier) = {static_cast<unsigned short>(count), 0, 0};
+}
+
+inline void mbarrier_arrive(unsigned long long *barrier) {
+    emulator::Mbarrier &b = emulator::mbarrier(barrier);
+    if (++b.arrived == b.count) b.arrived = 0, b.phase++;
+}
+
+inline void mbarrier_wait(unsigned long long *barrier, unsigned parity) {
+    for (long turns = 0; (emulator::mbarrier(barrier).phase & 1) == parity; turns++) {
+        if (turns == 1000000) emulator::fail("an mbarrier whose phase never ends");
+        emulator::give_way();
+    }
 }
 
 // Lane 4 i + j holds row i, columns 2 j and 2 j + 1.
@@ -378,11 +391,6 @@ inline unsigned long long opaque(unsigned long long x) { return x; }
 inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
 inline void rarely() {}
 
-inline float4 load_volatile(const float4 *smem) { return *smem; }
-inline void store_volatile(float4 *smem, float4 v) { *smem = v; }
-inline unsigned load_volatile(const unsigned *smem) { return *smem; }
-inline void store_volatile(unsigned *smem, unsigned v) { *smem = v; }
-inline void wait_a_little() { emulator::give_way(); }
 inline float4 load_global(const float4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
