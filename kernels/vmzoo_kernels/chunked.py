@@ -3,11 +3,11 @@
 The sequence is cut into chunks of about sqrt(T) steps. One vectorised pass runs all chunks side by side, a short pass
 carries the state across them, and a last one adds what each chunk inherited. State is kept for one of the N state
 channels at a time and recomputed in the backward pass, so nothing of size B·D·N·L is ever stored. Batch items and
-routes are worked off in blocks that fit a CPU's caches.
+routes are worked off in blocks that a CPU's caches hold.
 
 Inside this file a tensor "in lanes" is [K, B, T, M, ...]: step ``t`` of every lane is contiguous, and the M = S·C lanes
-are the C chunks of each of the S sequences of a route. Rows are put in lanes, and back, by ``embedding_bag``: a gather
-that sums over routes on the way, in a fixed order, and on a CPU many times faster than ``index_select``.
+are the C chunks of each of the S sequences of a route. Rows get back to their positions by ``embedding_bag``: a gather
+that sums over routes on the way, in a fixed order.
 """
 
 import math
@@ -23,7 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .common import ScanInputs, compute_dtype
 
 _NEUTRAL = -2  # fills the last chunk up: a step that leaves the state alone
-_BLOCK_VALUES = 2**21  # of one tensor in lanes
+_FORWARD_BLOCK = 2**21  # values of one tensor in lanes
+_BACKWARD_BLOCK = 2**19  # which has four times as many tensors
 
 
 class _Lanes(NamedTuple):
@@ -174,16 +175,16 @@ def _evenly(total: int, most: int) -> int:
     return -(-total // -(-total // most))
 
 
-def _blocks(x: Tensor, lanes: _Lanes) -> Iterator[_Block]:
-    """All batch items [B, ...] and routes in blocks: on a CPU of few enough values, elsewhere in one."""
+def _blocks(x: Tensor, lanes: _Lanes, most: int) -> Iterator[_Block]:
+    """All batch items [B, ...] and routes in blocks: on a CPU of at most so many values, elsewhere in one."""
     batch, num_routes = x.shape[0], lanes.gather.shape[0]
     if batch == 0:
         return
     items, routes = batch, num_routes
     if x.device.type == 'cpu':
         values = x.shape[-1] * lanes.gather[0].numel()  # of an item along a route
-        items = _evenly(batch, max(1, _BLOCK_VALUES // (values * num_routes)))
-        routes = num_routes if items > 1 else _evenly(num_routes, max(1, _BLOCK_VALUES // values))
+        items = _evenly(batch, max(1, most // (values * num_routes)))
+        routes = num_routes if items > 1 else _evenly(num_routes, max(1, most // values))
     for b in range(0, batch, items):
         for k in range(0, num_routes, routes):
             yield _Block(slice(b, b + items), slice(k, k + routes), lanes)
@@ -242,9 +243,10 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     lanes = _lanes(gather, merge, x.shape[1], complete)
     factors, widths = _factors(inputs)
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
-    for block in _blocks(x, lanes):
+    for block in _blocks(x, lanes, _FORWARD_BLOCK):
         dt, b, c = block.read(factors).split(widths, -1)
-        u, delta, y = x.new_empty(3, *dt.shape[:-1], x.shape[-1])  # at once: freed apart, they go back to the system
+        # In one piece: the larger what is freed, the more of it malloc keeps, and new pages cost more than arithmetic.
+        u, delta, y = x.new_empty(3, *dt.shape[:-1], x.shape[-1])
         block.read(x, out=u)
         block.project(dt, dt_weight, dt_bias, out=delta)
         if softplus:
@@ -256,7 +258,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
             torch.mul(u, block.parameter(D), out=y)
         delta_u = u.mul_(delta)
         for n in range(A.shape[-1]):
-            final = n == A.shape[-1] - 1  # overwrite: memory that is new costs a CPU more than the arithmetic
+            final = n == A.shape[-1] - 1  # overwrite
             added = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
             decay = _decay(delta, block.parameter(A[..., n]), out=delta if final else None)
             h, ends = _states(decay, added, lanes.num_sequences)
@@ -276,7 +278,7 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     factors, widths = _factors(inputs)
     dx, d_factors = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, factors))
     dA, dD, d_weight, d_bias = (v if v is None else torch.zeros_like(v) for v in (A, D, dt_weight, dt_bias))
-    for block in _blocks(x, lanes):
+    for block in _blocks(x, lanes, _BACKWARD_BLOCK):
         k = block.routes
         routed = block.read(factors)
         routed_dt, b, c = routed.split(widths, -1)

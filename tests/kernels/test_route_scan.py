@@ -101,6 +101,20 @@ def test_every_kind_of_route(routes, merge, per_route):
     assert all(error(got[key], want[key]) < 1e-12 for key in want)
 
 
+@pytest.mark.parametrize('routes', ['cross', 'atrous'])
+@pytest.mark.parametrize('merge', [True, False])
+@pytest.mark.parametrize('values, blocks', [(1, 12), (400, 6), (1500, 2)], ids=['a route', 'two routes', 'two items'])
+def test_torch_backend_in_blocks(routes, merge, values, blocks, monkeypatch):
+    monkeypatch.setattr(chunked, '_FORWARD_BLOCK', values)
+    monkeypatch.setattr(chunked, '_BACKWARD_BLOCK', values)
+    inputs, routes = make((5, 7), 5 if routes == 'cross' else 15, 2, 3, routes, batch=3)
+    lanes = chunked._lanes(routes.gather, routes.merge, routes.num_positions, routes.complete)
+    assert len(list(chunked._blocks(inputs['x'], lanes, values))) == blocks
+    want, weight = value_and_grads(route_scan_reference, inputs, routes, merge=merge)
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, merge=merge, backend='torch')
+    assert all(error(got[key], want[key]) < 1e-12 for key in want)
+
+
 @pytest.mark.parametrize('routes', ROUTES)
 @pytest.mark.parametrize('merge', [True, False])
 def test_every_kind_of_route_in_the_kernels(routes, merge, device):
