@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .backends import resolve_backend
+from .backends import resolve_backend, why_not_triton
 
 _MAX_CHANNELS = 8192  # a row stays in the registers of one program
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +59,7 @@ def _norm(
 
 @functools.cache
 def _device_has_triton(device: torch.device) -> bool:
-    return device.type == 'cuda' and resolve_backend('auto', device) == 'triton'
+    return device.type == 'cuda' and resolve_backend('auto', device) != 'torch' and why_not_triton(device) is None
 
 
 def _can_fuse(x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
