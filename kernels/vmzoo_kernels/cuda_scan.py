@@ -129,7 +129,9 @@ def _plan(
     items = 1
     if warps == 1 and num_segments == 1:
         room = (limit - 8192) // max_warps - warp_bytes
-        items = max(1, min(-(-batch * blocks // capacity), room // max(map_bytes, 1), 8))
+        most = max(1, min(room // max(map_bytes, 1), 8))
+        # Of several numbers that take as long, the largest, which loads parameters least often.
+        items = min(range(1, most + 1), key=lambda n: (-(-batch * blocks // (n * capacity)) * n, -n))
     units = max(1, 4 // warps)
     shared_bytes = units * (items * map_bytes + warps * warp_bytes)
     groups = -(-batch // (units * items))
@@ -280,7 +282,10 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
     num_routes, dim, d_state = inputs.A.shape
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
-    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, 72 * d_state + 16 + (64 * d_state if d_state > 1 else 0))
+    rank_tiles = -(-inputs.dt_weight.shape[-1] // 8)
+    constants = 128 * (2 * _words(inputs.dt_weight.shape[-1] + 2 * d_state) + 8 + 2 * rank_tiles)
+    kept = 8 * TILE * d_state if d_state > 1 else 0
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, constants + kept + 80 * d_state + 16)
     plan, x, rows, rank = scan.plan, scan.x, scan.rows, scan.rank
     dy = dy if _aligned(dy, 4 * dy.element_size()) else dy.contiguous()
     dx = x.new_empty(x.shape)

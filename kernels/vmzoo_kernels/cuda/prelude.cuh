@@ -298,6 +298,16 @@ __device__ __forceinline__ float4 load_global(const float4* address) {
     return v;
 }
 
+__device__ __forceinline__ float2 load_global(const float2* address) {
+    float2 v;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_global(float2* address, float2 v) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 __device__ __forceinline__ void store_global(float4* address, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");

@@ -9,7 +9,7 @@
 // While a warp works a tile it loads the projected rows of the next one into shared memory.
 //
 // Defined by the launcher: IO (half_t or bfloat_t, dtype of what flows), RANK, D_STATE, WORDS (32-bit words of a
-// projected row that a lane loads).
+// projected row that a lane loads); by the kernel: HALVES (it works at half of the channels at a time).
 
 constexpr int STEPS = 7;
 constexpr int GROUPS = 8;
@@ -19,7 +19,6 @@ constexpr int MMA_ROWS = (STEPS + 1) / 2;
 constexpr int CHUNK = WORDS < 4 ? WORDS : 4;  // words of one load
 constexpr int ROW_COLUMNS = D_STATE == 1 ? RANK + 2 : RANK;
 constexpr int ROW_WORDS = (ROW_COLUMNS + 8 * CHUNK - 1) / (8 * CHUNK) * CHUNK;  // that a lane keeps in registers
-constexpr int MMA_STEPS = ROW_WORDS == 1 ? 1 : ROW_WORDS / 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned FULL = 0xffffffffu;
 constexpr unsigned EMPTY = 0xffffffffu;  // no arithmetic yields this NaN
@@ -64,23 +63,21 @@ struct Lane {
     __device__ __forceinline__ Lane() : g((threadIdx.x & 31) >> 2), c(threadIdx.x & 3) {}
 };
 
-// The first channel of column n of matrix tile j.
-__device__ __forceinline__ int channel_of(int j, int n) { return 4 * (n >> 1) + 2 * j + (n & 1); }
+// The channel of column n of matrix tile j: a lane has four neighbours, or (HALVES) two of each half of the unit.
+__device__ __forceinline__ int channel_of(int j, int n) { return HALVES ? 8 * j + n : 4 * (n >> 1) + 2 * j + (n & 1); }
 
 // dt_weight of the unit's channels as the second operand of a product over dt.
 struct Weights {
     unsigned b[2][ROW_WORDS];
     float bias[2][4];  // where the product starts from
 
-    // dt_weight [16, R] of the unit's channels, dt_bias [4] of the lane's, or null.
+    // dt_weight [16, R] and dt_bias [16] (or null) of the unit's channels.
     __device__ __forceinline__ void load(const float* weight, const float* dt_bias, Lane lane) {
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (dt_bias != nullptr) v = ldg(reinterpret_cast<const float4*>(dt_bias));
 #pragma unroll
         for (int j = 0; j < 2; j++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                bias[j][e] = j == 0 ? (e ? v.y : v.x) : (e ? v.w : v.z);
+                bias[j][e] = dt_bias == nullptr ? 0.0f : ldg(dt_bias + channel_of(j, 2 * lane.c + e));
                 // The same, but the compiler does not know it, and keeps the four registers that a product starts from.
                 bias[j][2 + e] = __shfl_xor_sync(FULL, __shfl_xor_sync(FULL, bias[j][e], 1), 1);
             }
@@ -201,36 +198,31 @@ struct Rows {
     }
 };
 
-// raw[s][2 j + e] = bias + dt . weight for a lane's steps s.
-__device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][4], const unsigned (&rows)[STEPS][ROW_WORDS],
-                                        const Weights& weights) {
+// raw[s][e] = bias + dt . weight for a lane's steps s and its two channels of a matrix tile.
+__device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][2], const unsigned (&rows)[STEPS][ROW_WORDS],
+                                        const unsigned (&weights)[ROW_WORDS], const float (&bias)[4]) {
 #pragma unroll
     for (int m = 0; m < MMA_ROWS; m++) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float d[4];
-#pragma unroll
-            for (int i = 0; i < MMA_STEPS; i++) {
-                constexpr bool k8 = ROW_WORDS == 1;
-                const bool second = 2 * m + 1 < STEPS;
-                if (k8) {
-                    const unsigned a[2] = {rows[2 * m][0], second ? rows[(2 * m + 1) % STEPS][0] : 0u};
-                    mma_k8<IO>(d, a, weights.b[j][0], weights.bias[j]);
-                } else if (column(0, 2 * i) < RANK) {  // some lane's words hold dt
-                    const unsigned a[4] = {rows[2 * m][2 * i], second ? rows[(2 * m + 1) % STEPS][2 * i] : 0u,
-                                           rows[2 * m][(2 * i + 1) % ROW_WORDS],
-                                           second ? rows[(2 * m + 1) % STEPS][(2 * i + 1) % ROW_WORDS] : 0u};
-                    const unsigned b[2] = {weights.b[j][2 * i], weights.b[j][(2 * i + 1) % ROW_WORDS]};
-                    if (i == 0) {
-                        mma_k16<IO>(d, a, b, weights.bias[j]);
-                    } else {
-                        mma_k16<IO>(d, a, b, d);
-                    }
-                }
-            }
-            raw[2 * m][2 * j] = d[0], raw[2 * m][2 * j + 1] = d[1];
-            raw[2 * m + 1][2 * j] = d[2], raw[2 * m + 1][2 * j + 1] = d[3];
+        const bool second = 2 * m + 1 < STEPS;
+        float d[4];
+        if (ROW_WORDS == 1) {
+            const unsigned a[2] = {rows[2 * m][0], second ? rows[(2 * m + 1) % STEPS][0] : 0u};
+            mma_k8<IO>(d, a, weights[0], bias);
         }
+#pragma unroll
+        for (int i = 0; i < ROW_WORDS / 2; i++) {
+            if (column(0, 2 * i) >= RANK) continue;  // no lane's words hold dt
+            const unsigned a[4] = {rows[2 * m][2 * i], second ? rows[(2 * m + 1) % STEPS][2 * i] : 0u,
+                                   rows[2 * m][(2 * i + 1) % ROW_WORDS],
+                                   second ? rows[(2 * m + 1) % STEPS][(2 * i + 1) % ROW_WORDS] : 0u};
+            const unsigned b[2] = {weights[2 * i], weights[(2 * i + 1) % ROW_WORDS]};
+            if (i == 0) {
+                mma_k16<IO>(d, a, b, bias);
+            } else {
+                mma_k16<IO>(d, a, b, d);
+            }
+        }
+        raw[2 * m][0] = d[0], raw[2 * m][1] = d[1], raw[2 * m + 1][0] = d[2], raw[2 * m + 1][1] = d[3];
     }
 }
 
@@ -242,10 +234,11 @@ __device__ __forceinline__ float broadcast(const unsigned (&row)[ROW_WORDS], int
     return COLUMN % 2 ? v.y : v.x;
 }
 
-// Affine maps h -> a h + b of every group's steps, for four channels. After `scan`, a lane holds the map of all groups
+// Affine maps h -> a h + b of every group's steps, for Q channels. After `scan`, a lane holds the map of all groups
 // before its own (in REVERSE: after), and `total` that of the whole tile.
+template <int Q>
 struct Maps {
-    float a[4], b[4];
+    float a[Q], b[Q];
 
     template <bool REVERSE>
     __device__ __forceinline__ Maps scan(Lane lane) {
@@ -253,7 +246,7 @@ struct Maps {
 #pragma unroll
         for (int d = 1; d < GROUPS; d *= 2) {
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < Q; q++) {
                 float a0 = REVERSE ? __shfl_down_sync(FULL, a[q], 4 * d) : __shfl_up_sync(FULL, a[q], 4 * d);
                 float b0 = REVERSE ? __shfl_down_sync(FULL, b[q], 4 * d) : __shfl_up_sync(FULL, b[q], 4 * d);
                 if (place >= d) {
@@ -264,7 +257,7 @@ struct Maps {
         }
         Maps total = *this;  // complete in the last group alone
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
+        for (int q = 0; q < Q; q++) {
             float a0 = REVERSE ? __shfl_down_sync(FULL, a[q], 4) : __shfl_up_sync(FULL, a[q], 4);
             float b0 = REVERSE ? __shfl_down_sync(FULL, b[q], 4) : __shfl_up_sync(FULL, b[q], 4);
             a[q] = place > 0 ? a0 : 1.0f;
@@ -280,28 +273,31 @@ __device__ __forceinline__ float sum_groups(float v) {
     return v;
 }
 
+__device__ __forceinline__ void set(float (&v)[2], float2 from) { v[0] = from.x, v[1] = from.y; }
+__device__ __forceinline__ float2 get(const float (&v)[2]) { return make_float2(v[0], v[1]); }
 __device__ __forceinline__ void set(float (&v)[4], float4 from) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
 __device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
-// How warps hand a state on: for each of N states every warp has a mailbox, which the warp of the next tile empties. Whoever
-// waits sleeps: polling would take the issue slots of those that work.
+// How warps hand a state on: for each of COUNT states every warp has a mailbox, which the warp of the next tile
+// empties. Whoever waits sleeps: polling would take the issue slots of those that work.
+template <int COUNT, typename Vector>
 struct Mail {
-    float4* boxes;                // [N, W, 4]
-    unsigned long long* arrived;  // [N, W] barriers, one phase a message
+    Vector* boxes;                // [COUNT, W, 4]
+    unsigned long long* arrived;  // [COUNT, W] barriers, one phase a message
     int warp, warps;
 
-    static constexpr int SIZE = D_STATE * (4 * 16 + 8);  // bytes of a warp
+    static constexpr int SIZE = COUNT * (4 * sizeof(Vector) + 8);  // bytes of a warp
 
     __device__ __forceinline__ Mail(void* memory, int warp, int warps)
-        : boxes(static_cast<float4*>(memory)), arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * D_STATE * warps)),
+        : boxes(static_cast<Vector*>(memory)), arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * COUNT * warps)),
           warp(warp), warps(warps) {}
 
     __device__ __forceinline__ void start(int lane) {
-        for (int n = lane; n < D_STATE; n += 32) mbarrier_init(arrived + n * warps + warp, 4);
+        for (int n = lane; n < COUNT; n += 32) mbarrier_init(arrived + n * warps + warp, 4);
     }
 
     // The sender's messages so far, of each state, are the receiver's `before`.
-    __device__ __forceinline__ void receive(float (&h)[4], int n, int c, unsigned before) const {
+    __device__ __forceinline__ void receive(float (&h)[sizeof(Vector) / 4], int n, int c, unsigned before) const {
         const int from = warp == 0 ? warps - 1 : warp - 1;
         mbarrier_wait(arrived + n * warps + from, before & 1);
         set(h, boxes[4 * (n * warps + from) + c]);
@@ -309,7 +305,7 @@ struct Mail {
     }
 
     // By the four lanes of one group.
-    __device__ __forceinline__ void send(const float (&h)[4], int n, int c) const {
+    __device__ __forceinline__ void send(const float (&h)[sizeof(Vector) / 4], int n, int c) const {
         boxes[4 * (n * warps + warp) + c] = get(h);
         mbarrier_arrive(arrived + n * warps + warp);
     }

@@ -4,8 +4,11 @@
 // shared memory) or else float32 in global memory; SAME_TABLE, SKIP_ONCE, SEQUENCES and SUMMARY as in the
 // forward scan.
 //
+// A tile is worked at in two halves of its channels, one after the other, so that their values fit the registers.
+//
 // With g_t = dL/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}, what a step hands back is q_t = exp(delta_t A) g_t.
 #include "prelude.cuh"
+#define HALVES 1
 #include "scan.cuh"
 
 struct Params {
@@ -46,28 +49,49 @@ __device__ __forceinline__ float softplus_slope(float delta) {
     return delta < 0.0625f ? small : 1.0f - ex2(delta * -LOG2E);
 }
 
-__device__ __forceinline__ void load_four(float (&v)[4], const float* p) { set(v, ldg(reinterpret_cast<const float4*>(p))); }
+// Two neighbouring channels.
+__device__ __forceinline__ void load_two(float (&v)[2], const float* p) { set(v, ldg(reinterpret_cast<const float2*>(p))); }
 template <typename T>
-__device__ __forceinline__ void load_four(float (&v)[4], const T* p) {
-    uint2 w = ldg(reinterpret_cast<const uint2*>(p));
-    float2 lo = unpack2<T>(w.x), hi = unpack2<T>(w.y);
-    v[0] = lo.x, v[1] = lo.y, v[2] = hi.x, v[3] = hi.y;
+__device__ __forceinline__ void load_two(float (&v)[2], const T* p) {
+    set(v, unpack2<T>(ldg(reinterpret_cast<const unsigned*>(p))));
 }
 
-// dt_weight of the unit's channels as the second operand of a product over channels.
-struct TurnedWeights {
-    unsigned b[RANK_TILES][2];
+using Mailboxes = Mail<2 * D_STATE, float2>;
 
-    __device__ __forceinline__ void load(const float* weight, Lane lane) {
+// What a lane needs of the parameters of a route, in its own words of shared memory: there is no room in registers.
+struct Constants {
+    static constexpr int WEIGHTS = 0, BIAS = 2 * ROW_WORDS, TURNED = BIAS + 8, COUNT = TURNED + 2 * RANK_TILES;
+    unsigned* memory;  // [COUNT, 32] of the warp
+    int lane;
+
+    __device__ __forceinline__ unsigned& word(int i) const { return memory[32 * i + lane]; }
+
+    __device__ __forceinline__ void load(const float* weight, const float* dt_bias, Lane of) const {
+        Weights weights;
+        weights.load(weight, dt_bias, of);
 #pragma unroll
-        for (int i = 0; i < RANK_TILES; i++) {
-            const int r = 8 * i + lane.g;
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < ROW_WORDS; i++) word(WEIGHTS + j * ROW_WORDS + i) = weights.b[j][i];
+#pragma unroll
+            for (int e = 0; e < 4; e++) word(BIAS + 4 * j + e) = __float_as_uint(weights.bias[j][e]);
+        }
+#pragma unroll
+        for (int i = 0; i < RANK_TILES; i++) {  // dt_weight as the second operand of a product over channels
+            const int r = 8 * i + of.g;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const float* p = weight + channel_of(j, 2 * lane.c) * RANK + r;
-                b[i][j] = r < RANK ? pack2<IO>(p[0], p[RANK]) : 0u;  // neighbouring channels
+                const float* p = weight + channel_of(j, 2 * of.c) * RANK + r;  // and its neighbour
+                word(TURNED + 2 * i + j) = r < RANK ? pack2<IO>(p[0], p[RANK]) : 0u;
             }
         }
+    }
+
+    __device__ __forceinline__ void read(unsigned (&weights)[ROW_WORDS], float (&bias)[4], int j) const {
+#pragma unroll
+        for (int i = 0; i < ROW_WORDS; i++) weights[i] = word(WEIGHTS + j * ROW_WORDS + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) bias[e] = __uint_as_float(word(BIAS + 4 * j + e));
     }
 };
 
@@ -86,30 +110,24 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int block = blockIdx.x % p.blocks, segment = blockIdx.x / p.blocks % p.num_segments;
     const int group = blockIdx.x / p.blocks / p.num_segments;
     const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
-    const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
+    const int d0 = block * CHANNELS, d = d0 + 2 * lane.c;  // the first channel of the unit, and of the lane in the first half
 
-    // Shared memory: [rows of each warp | mailboxes | gradient of A, if D_STATE > 1 | sum over routes of each unit]
+    // Shared memory: [rows of each warp | constants | gradients of B and C, if D_STATE > 1 | mailboxes | sum over routes]
     const int all_warps = p.units * p.warps;
-    constexpr int staged_size = 32 * STEPS * WORDS;
-    const Rows staged = {reinterpret_cast<unsigned*>(memory) + id * staged_size, lane_id};
-    unsigned char* mailboxes = memory + 4 * all_warps * staged_size;
-    const int unit_mail = (Mail::SIZE * p.warps + 15) / 16 * 16;
-    Mail mail(mailboxes + slot * unit_mail, warp, p.warps);
+    unsigned* words = reinterpret_cast<unsigned*>(memory);
+    constexpr int staged_size = 32 * STEPS * WORDS, kept_size = D_STATE > 1 ? 2 * TILE * D_STATE : 0;
+    const Rows staged = {words + id * staged_size, lane_id};
+    words += all_warps * staged_size;
+    const Constants constants = {words + id * 32 * Constants::COUNT, lane_id};
+    words += all_warps * 32 * Constants::COUNT;
+    float* kept = reinterpret_cast<float*>(words + id * kept_size);  // [8 STEPS, 2, N], of the first half
+    words += all_warps * kept_size;
+    const int unit_mail = (Mailboxes::SIZE * p.warps + 15) / 16 * 4;
+    Mailboxes mail(words + slot * unit_mail, warp, p.warps);
     mail.start(lane_id);
     unsigned received = 0;
-    float* d_rates = reinterpret_cast<float*>(mailboxes + p.units * unit_mail) + id * CHANNELS * D_STATE;
-    float4* maps = reinterpret_cast<float4*>(mailboxes + p.units * unit_mail) + (D_STATE > 1 ? 4 * D_STATE * all_warps : 0);
+    float2* maps = reinterpret_cast<float2*>(words + p.units * unit_mail);
     __syncthreads();
-
-    float skip[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // D, summed over the routes that are
-    if (SKIP_ONCE && p.D != nullptr) {
-        for (int k = 0; k < p.num_routes; k++) {
-            float v[4];
-            load_four(v, p.D + k * p.dim + d);
-#pragma unroll
-            for (int q = 0; q < 4; q++) skip[q] += v[q];
-        }
-    }
 
     // Rows of the next tile are fetched while this one is worked at, their positions still earlier.
     int next_pos[STEPS];
@@ -139,37 +157,33 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
         const int d_rows_l = 2 * p.num_routes * WIDTH;
         const float* weight = p.weight + ((long long)k * p.dim + d0) * RANK;
-        Weights weights;
-        weights.load(weight, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d, lane);
-        TurnedWeights turned;
-        if (!SUMMARY) turned.load(weight, lane);
+        __syncwarp();
+        constants.load(weight, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d0, lane);
         const float* A = p.A + ((long long)k * p.dim + d) * D_STATE;
-        if (!SKIP_ONCE && p.D != nullptr) load_four(skip, p.D + k * p.dim + d);
         const bool starts = p.starts_sum && i_route == 0;
         const bool ends = !SHARED_X || (p.ends_sum && i_route == p.route_count - 1);
         const bool skips = p.D != nullptr && (!SKIP_ONCE || ends);
 
-        float rate[4], d_A[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // for D_STATE 1
-        if (D_STATE == 1) load_four(rate, A);
-        float d_bias[4] = {0.0f, 0.0f, 0.0f, 0.0f}, d_D[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        float delta_sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        // Before the first state is handed on, all warps of the unit must have done with the route before.
+        bool joins = i_route > 0;
+        float d_A[2][2] = {}, d_bias[2][2] = {}, d_D[2][2] = {}, delta_sum[2][2] = {};
         float d_weight[ROW_WORDS][4];
 #pragma unroll
         for (int i = 0; i < ROW_WORDS; i++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) d_weight[i][e] = 0.0f;
         }
-        // Before the first state is handed on, all warps of the unit must have done with the route before.
-        bool joins = i_route > 0;
-        if (D_STATE > 1) {
-            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) d_rates[i] = 0.0f;
+        const long long i_part = ((long long)blockIdx.x / p.blocks * p.units + slot) * p.warps + warp;
+        float* part = p.d_params + ((i_part * p.num_routes + k) * p.dim + d0) * PARAMS;
+        if (D_STATE > 1 && !SUMMARY) {
+            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) part[i / D_STATE * PARAMS + RANK + i % D_STATE] = 0.0f;
             __syncwarp();
         }
 
         for (int item = 0; item < items; item++) {
             const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
-            float4* shared_sum = maps + (long long)(slot * p.items + item) * 4 * p.positions + lane.c;  // + 4 position
-            float4* global_sum = pinned(reinterpret_cast<float4*>(p.sums + batch * p.positions * p.dim + d));
+            float2* shared_sum = maps + (long long)(slot * p.items + item) * 8 * p.positions + lane.c;  // + 4 (half L + position)
+            float2* global_sum = pinned(reinterpret_cast<float2*>(p.sums + batch * p.positions * p.dim + d));
             const DY* dy = pinned(p.dy + batch * p.dy_b + (long long)k * p.dy_k + d);
             const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
             IO* dx = pinned(p.dx + batch * p.dx_b + (long long)k * p.dx_k + d);
@@ -183,248 +197,305 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 int pos[STEPS];
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) pos[s] = next_pos[s];
-                uint2 xs[STEPS];
-                float dys[STEPS][4];
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    const int from = !whole ? max(pos[s], 0) : pos[s];
-                    xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
-                    if (SAME_TABLE) load_four(dys[s], at(dy, from, p.dy_l));
-                }
                 const Place next = Place{i_route, item, turn}.next(p, items, tiles, warp);
                 const Range next_range = next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
                 fetch_positions(next, next_range);
-                unsigned row[STEPS][ROW_WORDS];
                 cp_async_wait<0>();
                 if (D_STATE > 1) __syncwarp();
-                staged.read(row);
-                if (!SAME_TABLE) {
-                    int to[STEPS];
-                    load_positions(to, merge, t0, length);
-#pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-                        load_four(dys[s], at(dy, max(to[s], 0), p.dy_l));
-#pragma unroll
-                        for (int q = 0; q < 4; q++) dys[s][q] = to[s] < 0 ? 0.0f : dys[s][q];
-                    }
-                }
-                if (!whole) {
-                    rarely();
-#pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-                        if (pos[s] >= 0) continue;
-                        xs[s] = make_uint2(0u, 0u);
-                        if (SAME_TABLE) {
-#pragma unroll
-                            for (int q = 0; q < 4; q++) dys[s][q] = 0.0f;
-                        }
-                    }
-                }
-                float delta[2 * MMA_ROWS][4];
-                project(delta, row, weights);
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) delta[s][q] = softplus(delta[s][q]);
-                }
-                if (!whole) {
-                    rarely();
-#pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) delta[s][q] = t0 + s < length ? delta[s][q] : 0.0f;
-                    }
-                }
-                if (SUMMARY) {
-#pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) delta_sum[q] += delta[s][q];
-                    }
-                }
 
-                float d_delta[STEPS][4], d_u[STEPS][4];  // u = delta x
+                float d_B[STEPS], d_C[STEPS];  // for D_STATE 1
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) d_B[s] = d_C[s] = 0.0f;
+                // dL/d(what goes into the softplus), packed: after both halves the first is in `before`, the second in `d_raw`
+                unsigned before[STEPS + 1], d_raw[STEPS + 1];
+#pragma unroll
+                for (int s = 0; s <= STEPS; s++) before[s] = d_raw[s] = 0u;
+
 #pragma unroll 1
-                for (int n = 0; n < D_STATE; n++) {
-                    float B[STEPS], C[STEPS], d_B[STEPS], d_C[STEPS];
-                    if (D_STATE > 1) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) rate[q] = ldg(A + q * D_STATE + n);
-                    }
+                for (int half = 0; half < 2; half++) {
+                    unsigned xs[STEPS];
+                    float dys[STEPS][2];
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
+                        const int from = !whole ? max(pos[s], 0) : pos[s];
+                        xs[s] = ldg(reinterpret_cast<const unsigned*>(at(x + 8 * half, from, p.x_l)));
+                        if (SAME_TABLE) load_two(dys[s], at(dy + 8 * half, from, p.dy_l));
+                    }
+                    if (!SAME_TABLE) {
+                        int to[STEPS];
+                        load_positions(to, merge, t0, length);
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            load_two(dys[s], at(dy + 8 * half, max(to[s], 0), p.dy_l));
+#pragma unroll
+                            for (int e = 0; e < 2; e++) dys[s][e] = to[s] < 0 ? 0.0f : dys[s][e];
+                        }
+                    }
+                    if (!whole) {
+                        rarely();
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            if (pos[s] >= 0) continue;
+                            xs[s] = 0u;
+                            if (SAME_TABLE) dys[s][0] = dys[s][1] = 0.0f;
+                        }
+                    }
+                    float B[STEPS], C[STEPS];
+                    float delta[2 * MMA_ROWS][2];
+                    {
+                        unsigned row[STEPS][ROW_WORDS], weights[ROW_WORDS];
+                        float bias[4];
+                        staged.read(row);
+                        constants.read(weights, bias, half);
+                        project(delta, row, weights, bias);
                         if (D_STATE == 1) {
-                            B[s] = broadcast<RANK>(row[s], lane_id);
-                            C[s] = broadcast<RANK + 1>(row[s], lane_id);
-                        } else {
-                            B[s] = staged.value(s, RANK + n);
-                            C[s] = staged.value(s, RANK + D_STATE + n);
-                        }
-                        d_B[s] = d_C[s] = 0.0f;
-                    }
-                    if (D_STATE == 1 && ROW_WORDS <= 2) fetch_rows(next, next_range);
-                    float q_after[4] = {0.0f, 0.0f, 0.0f, 0.0f}, h_before[4];
-                    const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
-                    if (!SUMMARY) load_four(h_before, states + (long long)(tile * D_STATE + n) * p.dim);
-
-                    // What the tile does to q.
-                    float decay[STEPS][4];
-                    Maps back;
 #pragma unroll
-                    for (int s = STEPS - 1; s >= 0; s--) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) {
-                            decay[s][q] = ex2(delta[s][q] * (rate[q] * LOG2E));
-                            if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][q] = 0.0f;  // a new sequence
-                            back.a[q] = s == STEPS - 1 ? decay[s][q] : back.a[q] * decay[s][q];
-                            back.b[q] = s == STEPS - 1 ? C[s] * dys[s][q] : fmaf(C[s], dys[s][q], back.b[q]);
-                            back.b[q] *= decay[s][q];
+                            for (int s = 0; s < STEPS; s++) {
+                                B[s] = broadcast<RANK>(row[s], lane_id);
+                                C[s] = broadcast<RANK + 1>(row[s], lane_id);
+                            }
                         }
                     }
-                    Maps map;  // what it does to h; of the decays both need the product
-#pragma unroll
-                    for (int q = 0; q < 4; q++) map.a[q] = back.a[q];
-                    const Maps total = back.scan<true>(lane);
-                    if (p.warps > 1 && joins) {
-                        bar_sync(1 + slot, 32 * p.warps);
-                        joins = false;
-                    }
-                    if (turn > 0) {
-                        mail.receive(q_after, n, lane.c, received);
-                    } else if (p.segment_states != nullptr && !SUMMARY) {
-                        set(q_after, *reinterpret_cast<const float4*>(p.segment_states + i_n * p.dim + d));
-                    }
-                    if (lane.g == 0) {
-                        float before[4];
-#pragma unroll
-                        for (int q = 0; q < 4; q++) before[q] = fmaf(total.a[q], q_after[q], total.b[q]);
-                        if (turn + 1 < tiles) {
-                            mail.send(before, n, lane.c);
-                        } else if (SUMMARY) {
-                            *reinterpret_cast<float4*>(p.segment_states + i_n * p.dim + d) = get(before);
-                        }
-                    }
-                    if (SUMMARY) continue;
-#pragma unroll
-                    for (int q = 0; q < 4; q++) q_after[q] = fmaf(back.a[q], q_after[q], back.b[q]);
-
-                    // The states before each step.
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                        const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
 #pragma unroll
-                        for (int q = 0; q < 4; q++) {
-                            float input = delta[s][q] * x4[q] * B[s];
-                            map.b[q] = s == 0 ? input : fmaf(decay[s][q], map.b[q], input);
+                        for (int e = 0; e < 2; e++) delta[s][e] = softplus(delta[s][e]);
+                    }
+                    if (!whole) {
+                        rarely();
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                            for (int e = 0; e < 2; e++) delta[s][e] = t0 + s < length ? delta[s][e] : 0.0f;
                         }
                     }
-                    map.scan<false>(lane);
-                    float d_rate[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+
+                    float d_delta[STEPS][2], d_u[STEPS][2];  // u = delta x
+                    float d_rate[2] = {0.0f, 0.0f};
+#pragma unroll 1
+                    for (int n = 0; n < D_STATE; n++) {
+                        float rate[2];
 #pragma unroll
-                    for (int j = 0; j < 2; j++) {
+                        for (int e = 0; e < 2; e++) rate[e] = ldg(A + (8 * half + e) * D_STATE + n);
+                        if (D_STATE > 1) {
+#pragma unroll
+                            for (int s = 0; s < STEPS; s++) {
+                                B[s] = staged.value(s, RANK + n), C[s] = staged.value(s, RANK + D_STATE + n);
+                                d_B[s] = d_C[s] = 0.0f;
+                            }
+                        }
+                        float q_after[2] = {0.0f, 0.0f}, h_before[2];
+                        const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
+                        if (!SUMMARY) load_two(h_before, states + (long long)(tile * D_STATE + n) * p.dim + 8 * half);
+
+                        // What the tile does to q, and of the decays, what it does to h.
+                        float decay[STEPS][2];
+                        Maps<2> back, map;
+#pragma unroll
+                        for (int s = STEPS - 1; s >= 0; s--) {
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                decay[s][e] = ex2(delta[s][e] * (rate[e] * LOG2E));
+                                if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][e] = 0.0f;  // a new sequence
+                                back.a[e] = s == STEPS - 1 ? decay[s][e] : back.a[e] * decay[s][e];
+                                back.b[e] = s == STEPS - 1 ? C[s] * dys[s][e] : fmaf(C[s], dys[s][e], back.b[e]);
+                                back.b[e] *= decay[s][e];
+                            }
+                        }
+#pragma unroll
+                        for (int e = 0; e < 2; e++) map.a[e] = back.a[e];
+                        const Maps<2> total = back.scan<true>(lane);
+                        if (p.warps > 1 && joins) {
+                            bar_sync(1 + slot, 32 * p.warps);
+                            joins = false;
+                        }
+                        if (turn > 0) {
+                            mail.receive(q_after, 2 * n + half, lane.c, received);
+                        } else if (p.segment_states != nullptr && !SUMMARY) {
+                            set(q_after, *reinterpret_cast<const float2*>(p.segment_states + i_n * p.dim + d + 8 * half));
+                        }
+                        if (lane.g == 0) {
+                            float first[2];
+#pragma unroll
+                            for (int e = 0; e < 2; e++) first[e] = fmaf(total.a[e], q_after[e], total.b[e]);
+                            if (turn + 1 < tiles) {
+                                mail.send(first, 2 * n + half, lane.c);
+                            } else if (SUMMARY) {
+                                *reinterpret_cast<float2*>(p.segment_states + i_n * p.dim + d + 8 * half) = get(first);
+                            }
+                        }
+                        if (SUMMARY) continue;
+#pragma unroll
+                        for (int e = 0; e < 2; e++) q_after[e] = fmaf(back.a[e], q_after[e], back.b[e]);
+
+                        // The states before each step.
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            const float2 pair = unpack2<IO>(xs[s]);
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                const float input = delta[s][e] * (e == 0 ? pair.x : pair.y) * B[s];
+                                map.b[e] = s == 0 ? input : fmaf(decay[s][e], map.b[e], input);
+                            }
+                        }
+                        map.scan<false>(lane);
                         float decayed[STEPS][2];  // exp(delta_t A) h_{t-1}: the state without the step's own input
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
-                            const int q = 2 * j + e;
-                            float h = fmaf(map.a[q], h_before[q], map.b[q]);
+                            float h = fmaf(map.a[e], h_before[e], map.b[e]);
 #pragma unroll
                             for (int s = 0; s < STEPS; s++) {
-                                float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
-                                decayed[s][e] = decay[s][q] * h;
-                                h = fmaf(delta[s][q] * (e == 0 ? pair.x : pair.y), B[s], decayed[s][e]);
-                                d_C[s] = fmaf(h, dys[s][q], d_C[s]);
+                                const float2 pair = unpack2<IO>(xs[s]);
+                                decayed[s][e] = decay[s][e] * h;
+                                h = fmaf(delta[s][e] * (e == 0 ? pair.x : pair.y), B[s], decayed[s][e]);
+                                d_C[s] = fmaf(h, dys[s][e], d_C[s]);
                             }
-                            float after = q_after[q];
+                        }
+                        d_rate[0] = d_rate[1] = 0.0f;
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            float after = q_after[e];
 #pragma unroll
                             for (int s = STEPS - 1; s >= 0; s--) {
-                                float2 pair = unpack2<IO>(j == 0 ? xs[s].x : xs[s].y);
-                                float g = fmaf(C[s], dys[s][q], after);
-                                after = decay[s][q] * g;
-                                d_B[s] = fmaf(g, delta[s][q] * (e == 0 ? pair.x : pair.y), d_B[s]);
-                                d_u[s][q] = n == 0 ? g * B[s] : fmaf(g, B[s], d_u[s][q]);
-                                float d_log = g * decayed[s][e];  // dL/d(delta A)
-                                d_delta[s][q] = n == 0 ? d_log * rate[q] : fmaf(d_log, rate[q], d_delta[s][q]);
-                                d_rate[q] = fmaf(d_log, delta[s][q], d_rate[q]);
+                                const float2 pair = unpack2<IO>(xs[s]);
+                                const float g = fmaf(C[s], dys[s][e], after);
+                                after = decay[s][e] * g;
+                                d_B[s] = fmaf(g, delta[s][e] * (e == 0 ? pair.x : pair.y), d_B[s]);
+                                d_u[s][e] = n == 0 ? g * B[s] : fmaf(g, B[s], d_u[s][e]);
+                                const float d_log = g * decayed[s][e];  // dL/d(delta A)
+                                d_delta[s][e] = n == 0 ? d_log * rate[e] : fmaf(d_log, rate[e], d_delta[s][e]);
+                                d_rate[e] = fmaf(d_log, delta[s][e], d_rate[e]);
                             }
+                        }
+                        if (D_STATE > 1) {
+#pragma unroll
+                            for (int s = 0; s < STEPS; s++) {
+                                float sum = sum_pair(d_B[s], d_C[s], lane);
+                                if (lane.c % 2) continue;
+                                float* first = kept + ((lane.g * STEPS + s) * 2 + lane.c / 2) * D_STATE + n;
+                                if (half == 0) {
+                                    *first = sum;
+                                } else if (pos[s] >= 0) {
+                                    IO* to = at(d_rows, pos[s], d_rows_l) + RANK + n + lane.c / 2 * D_STATE;
+                                    store_global(to, from_float<IO>(*first + sum));
+                                }
+                            }
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                float sum = sum_groups(d_rate[e]);
+                                if (lane.g == 0) part[(8 * half + 2 * lane.c + e) * PARAMS + RANK + n] += sum;
+                            }
+                        }
+                    }
+                    if (SUMMARY) {
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                delta_sum[0][e] += half == 0 ? delta[s][e] : 0.0f, delta_sum[1][e] += half == 1 ? delta[s][e] : 0.0f;
+                            }
+                        }
+                        continue;
+                    }
+
+                    // dx, and what goes into the softplus
+                    float d_x[STEPS][2], bias_sum[2] = {0.0f, 0.0f}, skip_sum[2] = {0.0f, 0.0f};
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        const float2 pair = unpack2<IO>(xs[s]);
+                        float v[2];
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            d_x[s][e] = d_u[s][e] * delta[s][e];
+                            v[e] = fmaf(d_u[s][e], e == 0 ? pair.x : pair.y, d_delta[s][e]) * softplus_slope(delta[s][e]);
+                            bias_sum[e] += v[e];
+                        }
+                        before[s] = d_raw[s];
+                        d_raw[s] = pack2<IO>(v[0], v[1]);
+                    }
+                    if (skips) {
+                        rarely();
+                        float skip[2] = {0.0f, 0.0f};  // D, summed over the routes that are
+                        for (int i = SKIP_ONCE ? 0 : k; i < (SKIP_ONCE ? p.num_routes : k + 1); i++) {
+                            const float2 v = ldg(reinterpret_cast<const float2*>(p.D + i * p.dim + d + 8 * half));
+                            skip[0] += v.x, skip[1] += v.y;
+                        }
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            const float2 pair = unpack2<IO>(xs[s]);
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                d_x[s][e] = fmaf(skip[e], dys[s][e], d_x[s][e]);
+                                skip_sum[e] = fmaf(e == 0 ? pair.x : pair.y, dys[s][e], skip_sum[e]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            d_A[j][e] += half == j ? d_rate[e] : 0.0f;
+                            d_bias[j][e] += half == j ? bias_sum[e] : 0.0f;
+                            d_D[j][e] += half == j ? skip_sum[e] : 0.0f;
+                        }
+                    }
+                    if (SHARED_X && !starts) {
+#pragma unroll
+                        for (int s = 0; s < STEPS; s++) {
+                            const int to = !whole ? max(pos[s], 0) : pos[s];
+                            float2 v = SHARED_SUM ? shared_sum[4 * (half * p.positions + to)]
+                                                  : load_global(at(global_sum + 4 * half, to, 4 * p.dim));
+                            d_x[s][0] += v.x, d_x[s][1] += v.y;
                         }
                     }
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        float sum = sum_pair(d_B[s], d_C[s], lane);
-                        if (pos[s] >= 0 && lane.c % 2 == 0) {
-                            store_global(at(d_rows, pos[s], d_rows_l) + RANK + n + (lane.c == 0 ? 0 : D_STATE), from_float<IO>(sum));
-                        }
-                    }
-                    if (D_STATE == 1) {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) d_A[q] += d_rate[q];
-                    } else {
-#pragma unroll
-                        for (int q = 0; q < 4; q++) {
-                            float sum = sum_groups(d_rate[q]);
-                            if (lane.g == 0) d_rates[(4 * lane.c + q) * D_STATE + n] += sum;
+                        if (pos[s] < 0) continue;
+                        if (ends) {
+                            store_global(reinterpret_cast<unsigned*>(at(dx + 8 * half, pos[s], p.dx_l)), pack2<IO>(d_x[s][0], d_x[s][1]));
+                        } else if (SHARED_SUM) {
+                            shared_sum[4 * (half * p.positions + pos[s])] = get(d_x[s]);
+                        } else {
+                            store_global(at(global_sum + 4 * half, pos[s], 4 * p.dim), get(d_x[s]));
                         }
                     }
                 }
                 if (turn > 0) received++;
                 if (SUMMARY) {
-                    if (D_STATE > 1 || ROW_WORDS > 2) {
-                        __syncwarp();
-                        fetch_rows(next, next_range);
-                    }
+                    __syncwarp();
+                    fetch_rows(next, next_range);
                     continue;
                 }
 
-                unsigned d_raw[STEPS + 1][2];  // before the softplus, packed
-                float d_x[STEPS][4];
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                    const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
-                    float v[4];
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        d_x[s][q] = d_u[s][q] * delta[s][q];
-                        v[q] = fmaf(d_u[s][q], x4[q], d_delta[s][q]) * softplus_slope(delta[s][q]);
-                        d_bias[q] += v[q];
-                    }
-                    d_raw[s][0] = pack2<IO>(v[0], v[1]), d_raw[s][1] = pack2<IO>(v[2], v[3]);
-                }
-                d_raw[STEPS][0] = d_raw[STEPS][1] = 0u;
-                if (skips) {
-                    rarely();
+                if (D_STATE == 1) {
 #pragma unroll
                     for (int s = 0; s < STEPS; s++) {
-                        float2 lo = unpack2<IO>(xs[s].x), hi = unpack2<IO>(xs[s].y);
-                        const float x4[4] = {lo.x, lo.y, hi.x, hi.y};
-#pragma unroll
-                        for (int q = 0; q < 4; q++) {
-                            d_x[s][q] = fmaf(skip[q], dys[s][q], d_x[s][q]);
-                            d_D[q] = fmaf(x4[q], dys[s][q], d_D[q]);
+                        float sum = sum_pair(d_B[s], d_C[s], lane);
+                        if (pos[s] >= 0 && lane.c % 2 == 0) {
+                            store_global(at(d_rows, pos[s], d_rows_l) + RANK + lane.c / 2, from_float<IO>(sum));
                         }
                     }
                 }
-
                 // d_dt = d_raw . weight
 #pragma unroll
-                for (int m = 0; m < MMA_ROWS; m++) {
-                    const unsigned a[4] = {d_raw[2 * m][0], d_raw[2 * m + 1][0], d_raw[2 * m][1], d_raw[2 * m + 1][1]};
+                for (int i = 0; i < RANK_TILES; i++) {
+                    const unsigned b[2] = {constants.word(Constants::TURNED + 2 * i), constants.word(Constants::TURNED + 2 * i + 1)};
 #pragma unroll
-                    for (int i = 0; i < RANK_TILES; i++) {
+                    for (int m = 0; m < MMA_ROWS; m++) {
+                        const unsigned a[4] = {before[2 * m], before[2 * m + 1], d_raw[2 * m], d_raw[2 * m + 1]};
                         const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                         float v[4];
-                        mma_k16<IO>(v, a, turned.b[i], zero);
+                        mma_k16<IO>(v, a, b, zero);
 #pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            const int s = 2 * m + half, r = 8 * i + 2 * lane.c;
+                        for (int row = 0; row < 2; row++) {
+                            const int s = 2 * m + row, r = 8 * i + 2 * lane.c;
                             if (s >= STEPS || pos[s % STEPS] < 0) continue;
                             IO* to = at(d_rows, pos[s % STEPS], d_rows_l) + r;
                             if (RANK % 2 == 0 && WIDTH % 2 == 0) {
-                                if (r < RANK) store_global(reinterpret_cast<unsigned*>(to), pack2<IO>(v[2 * half], v[2 * half + 1]));
+                                if (r < RANK) store_global(reinterpret_cast<unsigned*>(to), pack2<IO>(v[2 * row], v[2 * row + 1]));
                             } else {
-                                if (r < RANK) store_global(to, from_float<IO>(v[2 * half]));
-                                if (r + 1 < RANK) store_global(to + 1, from_float<IO>(v[2 * half + 1]));
+                                if (r < RANK) store_global(to, from_float<IO>(v[2 * row]));
+                                if (r + 1 < RANK) store_global(to + 1, from_float<IO>(v[2 * row + 1]));
                             }
                         }
                     }
@@ -433,64 +504,38 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                 for (int s = 0; s < STEPS; s += 2) {
                     const bool second = s + 1 < STEPS;
-                    if (ROW_WORDS > 2) {  // long rows were not kept in registers
-                        staged.read(row[s], s);
-                        if (second) staged.read(row[(s + 1) % STEPS], s + 1);
-                    }
-                    const unsigned a[4] = {transpose(d_raw[s][0]), transpose(d_raw[s][1]),
-                                           second ? transpose(d_raw[s + 1][0]) : 0u, second ? transpose(d_raw[s + 1][1]) : 0u};
+                    const unsigned a[4] = {transpose(before[s]), transpose(d_raw[s]), second ? transpose(before[s + 1]) : 0u,
+                                           second ? transpose(d_raw[s + 1]) : 0u};
+                    unsigned row[2][ROW_WORDS];
+                    staged.read(row[0], s);
+                    if (second) staged.read(row[1], s + 1);
 #pragma unroll
                     for (int i = 0; i < ROW_WORDS; i++) {
                         if (column(0, i) >= RANK) continue;
-                        const unsigned b[2] = {transpose(row[s][i]), second ? transpose(row[(s + 1) % STEPS][i]) : 0u};
+                        const unsigned b[2] = {transpose(row[0][i]), second ? transpose(row[1][i]) : 0u};
                         mma_k16<IO>(d_weight[i], a, b, d_weight[i]);
                     }
                 }
-
-                if (D_STATE > 1 || ROW_WORDS > 2) {
-                    __syncwarp();
-                    fetch_rows(next, next_range);
-                }
-
-                // dx
-                if (SHARED_X && !starts) {
-#pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-                        const int to = !whole ? max(pos[s], 0) : pos[s];
-                        float4 v = SHARED_SUM ? shared_sum[4 * to] : load_global(at(global_sum, to, 4 * p.dim));
-                        d_x[s][0] += v.x, d_x[s][1] += v.y, d_x[s][2] += v.z, d_x[s][3] += v.w;
-                    }
-                }
-#pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    if (pos[s] < 0) continue;
-                    if (ends) {
-                        store_global(reinterpret_cast<uint2*>(at(dx, pos[s], p.dx_l)),
-                                     make_uint2(pack2<IO>(d_x[s][0], d_x[s][1]), pack2<IO>(d_x[s][2], d_x[s][3])));
-                    } else if (SHARED_SUM) {
-                        shared_sum[4 * pos[s]] = get(d_x[s]);
-                    } else {
-                        store_global(at(global_sum, pos[s], 4 * p.dim), get(d_x[s]));
-                    }
-                }
+                __syncwarp();
+                fetch_rows(next, next_range);
             }
         }
-
         if (p.warps > 1 && joins) bar_sync(1 + slot, 32 * p.warps);
         __syncwarp();
 
         if (SUMMARY) {
             // The lanes of a warp hold different steps, its warps different tiles.
-            const long long i_part = (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
+            const long long i_deltas =
+                (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
 #pragma unroll
-            for (int q = 0; q < 4; q++) delta_sum[q] = sum_groups(delta_sum[q]);
-            if (lane.g == 0) *reinterpret_cast<float4*>(p.segment_deltas + i_part * p.dim + d) = get(delta_sum);
+            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) delta_sum[j][e] = sum_groups(delta_sum[j][e]);
+                if (lane.g == 0) *reinterpret_cast<float2*>(p.segment_deltas + i_deltas * p.dim + d + 8 * j) = get(delta_sum[j]);
+            }
             continue;
         }
-
         // Gradients of the parameters, from this warp's steps.
-        const long long i_part = ((long long)blockIdx.x / p.blocks * p.units + slot) * p.warps + warp;
-        float* part = p.d_params + ((i_part * p.num_routes + k) * p.dim + d0) * PARAMS;
 #pragma unroll
         for (int i = 0; i < ROW_WORDS; i++) {
 #pragma unroll
@@ -500,19 +545,16 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             }
         }
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
-            float a = D_STATE == 1 ? sum_groups(d_A[q]) : 0.0f, b = sum_groups(d_bias[q]), v = sum_groups(d_D[q]);
-            float* of_channel = part + (4 * lane.c + q) * PARAMS + RANK;
-            if (lane.g == 0) {
-                if (D_STATE == 1) of_channel[0] = a;
-                of_channel[D_STATE] = b, of_channel[D_STATE + 1] = v;
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float a = D_STATE == 1 ? sum_groups(d_A[j][e]) : 0.0f, b = sum_groups(d_bias[j][e]), v = sum_groups(d_D[j][e]);
+                float* of_channel = part + channel_of(j, 2 * lane.c + e) * PARAMS + RANK;
+                if (lane.g == 0) {
+                    if (D_STATE == 1) of_channel[0] = a;
+                    of_channel[D_STATE] = b, of_channel[D_STATE + 1] = v;
+                }
             }
-        }
-        if (D_STATE > 1) {
-            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) {
-                part[i / D_STATE * PARAMS + RANK + i % D_STATE] = d_rates[i];
-            }
-            __syncwarp();
         }
     }
 }

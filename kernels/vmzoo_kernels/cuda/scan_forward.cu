@@ -3,6 +3,7 @@
 // where inputs came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a
 // route is several sequences), SUMMARY (only what a segment does to the state).
 #include "prelude.cuh"
+#define HALVES 0
 #include "scan.cuh"
 
 struct Params {
@@ -31,6 +32,8 @@ struct Params {
     int starts_sum, ends_sum;                  // whether the sum begins, ends with this launch
 };
 
+using Mailboxes = Mail<D_STATE, float4>;
+
 // Four neighbouring channels.
 template <typename T>
 __device__ __forceinline__ void store4(T* p, const float (&v)[4]) {
@@ -53,12 +56,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
     const int d0 = block * CHANNELS, d = d0 + 4 * lane.c;
 
     // Shared memory of the unit: [rows | mailboxes | sum over routes [L, 16]]
-    const int staged_size = 8 * STEPS * WORDS, mailboxes = Mail::SIZE * p.warps / 16 + 1;
+    const int staged_size = 8 * STEPS * WORDS, mailboxes = Mailboxes::SIZE * p.warps / 16 + 1;
     const int unit_size = staged_size * p.warps + mailboxes + (REDUCE && SHARED_SUM ? 4 * p.positions * p.items : 0);
     float4* shared = reinterpret_cast<float4*>(memory) + slot * unit_size;
     const Rows staged = {reinterpret_cast<unsigned*>(shared + warp * staged_size), lane_id};
     shared += staged_size * p.warps;
-    Mail mail(shared, warp, p.warps);
+    Mailboxes mail(shared, warp, p.warps);
     mail.start(lane_id);
     unsigned received = 0;
     __syncwarp();
@@ -101,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
 
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
         Weights weights;
-        weights.load(p.weight + ((long long)k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d, lane);
+        weights.load(p.weight + ((long long)k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d0, lane);
         float decay_rate[4];
         const float* A = p.A + ((long long)k * p.dim + d) * D_STATE;
         if (D_STATE == 1) {
@@ -152,7 +155,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     }
                 }
                 float delta[2 * MMA_ROWS][4];
-                project(delta, row, weights);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float raw[2 * MMA_ROWS][2];
+                    project(raw, row, weights.b[j], weights.bias[j]);
+#pragma unroll
+                    for (int s = 0; s < 2 * MMA_ROWS; s++) delta[s][2 * j] = raw[s][0], delta[s][2 * j + 1] = raw[s][1];
+                }
                 float u[STEPS][4];  // delta x
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
@@ -183,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
 #pragma unroll 1
                 for (int n = 0; n < D_STATE; n++) {
                     float decay[STEPS][4], C[STEPS], B_kept[STEPS];
-                    Maps map;
+                    Maps<4> map;
                     if (D_STATE > 1) {
 #pragma unroll
                         for (int q = 0; q < 4; q++) decay_rate[q] = A[q * D_STATE + n] * LOG2E;
@@ -210,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                         if (D_STATE > 1) B_kept[s] = B;
                     }
                     if (D_STATE == 1) fetch_rows(next, next_range);
-                    const Maps total = map.scan<false>(lane);
+                    const Maps<4> total = map.scan<false>(lane);
                     float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                     const long long i_n = (i_sequence * p.num_segments + i_segment) * D_STATE + n;
                     if (p.warps > 1 && joins) {

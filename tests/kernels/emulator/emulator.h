@@ -391,6 +391,7 @@ inline unsigned long long opaque(unsigned long long x) { return x; }
 inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
 inline void rarely() {}
 
+inline float2 load_global(const float2 *address) { return *address; }
 inline float4 load_global(const float4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
