@@ -115,7 +115,7 @@ def wheel_contents(tmp_path_factory):
 def test_wheel_holds_everything(wheel_contents):
     for folder, package in ((ROOT, 'vmzoo'), (ROOT / 'kernels', 'vmzoo_kernels')):
         for path in (folder / package).rglob('*'):
-            if path.suffix in ('.py', '.json'):
+            if path.suffix in ('.py', '.json', '.cu', '.cuh'):
                 assert (wheel_contents / path.relative_to(folder)).is_file(), path
     for path in (ROOT / 'configs').rglob('*.py'):
         assert (wheel_contents / 'vmzoo/.mim' / path.relative_to(ROOT)).is_file(), path

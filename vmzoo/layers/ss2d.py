@@ -148,8 +148,9 @@ class SS2D(nn.Module):
         dt_bias: Tensor,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
-        if x.is_cuda:  # rows of a multiple of 16 bytes
-            x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
+        beyond = -x_proj_weight.shape[1] % 8
+        if x.is_cuda and beyond:  # rows of a multiple of 16 bytes
+            x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, beyond))
         x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, >= R + 2N]
         return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, out_dtype=out_dtype)
 
