@@ -1,7 +1,7 @@
 // What the kernels need of the device, for NVRTC without any header of CUDA: fast math, 16-bit floats, tensor cores,
 // asynchronous copies, barriers. Needs compute capability 8.0.
 //
-// The tests run the kernels on the CPU with tests/kernels/emulator/emulator.h in the place of this file: it defines this
+// The tests run the kernels on the CPU with tests/kernels/emulator/emulator.h in place of this file: it defines this
 // guard and every name below.
 #ifndef VMZOO_PRELUDE
 #define VMZOO_PRELUDE
@@ -136,16 +136,16 @@ __device__ __forceinline__ unsigned pack2<bfloat_t>(float lo, float hi) {
 
 // d = a b + c by a warp: a [16, K] in rows, b [K, 8] in columns, c and d [16, 8] in float32.
 
-#define VMZOO_MMA_4_2(type)                                                                                      \
-    asm("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),       \
-                   "f"(c[2]), "f"(c[3]))
+#define VMZOO_MMA_4_2(type)                                                                                  \
+    asm("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"      \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+          "f"(c[3]))
 
-#define VMZOO_MMA_2_1(type)                                                                       \
+#define VMZOO_MMA_2_1(type)                                                              \
     asm("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};" \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
 
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                          const float (&c)[4]) {
@@ -243,8 +243,8 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A barrier in shared memory that completes a phase when `count` threads have arrived; what they wrote before is there for
-// those that waited for the phase. Phases are told apart by their parity: the first is 0.
+// A barrier in shared memory that completes a phase when `count` threads have arrived; what they wrote before is there
+// for those that waited for the phase. Phases are told apart by their parity: the first is 0.
 
 __device__ __forceinline__ void mbarrier_init(unsigned long long* barrier, unsigned count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");

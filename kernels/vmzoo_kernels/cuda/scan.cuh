@@ -1,7 +1,7 @@
 // What the forward and the backward scan share: how a warp holds a tile of a route, and how states pass along it.
 //
-// A unit is one batch item and CHANNELS = 16 channels, scanned by W warps that take the tiles of a route in turn. A tile
-// is 8 x STEPS steps. Lane (g, c) of a warp, g = lane / 4 and c = lane % 4, holds STEPS consecutive steps and the
+// A unit is one batch item and CHANNELS = 16 channels, scanned by W warps that take the tiles of a route in turn. A
+// tile is 8 x STEPS steps. Lane (g, c) of a warp, g = lane / 4 and c = lane % 4, holds STEPS consecutive steps and the
 // channels 4 c .. 4 c + 3: exactly what the matrix unit hands it when the rows of a product are steps in a suitable
 // order. So raw step sizes come from the matrix unit, a thread scans its steps in registers, the 8 groups of a warp are
 // joined by shuffles, and the warps hand the state on through shared memory.
@@ -29,9 +29,7 @@ __device__ __forceinline__ constexpr int column(int c, int word) {
 }
 // And back: the lane, and the word, that hold a column.
 __device__ __forceinline__ constexpr int lane_of(int col) { return col % (8 * CHUNK) / (2 * CHUNK); }
-__device__ __forceinline__ constexpr int word_of(int col) {
-    return col / (8 * CHUNK) * CHUNK + col % (2 * CHUNK) / 2;
-}
+__device__ __forceinline__ constexpr int word_of(int col) { return col / (8 * CHUNK) * CHUNK + col % (2 * CHUNK) / 2; }
 
 // softplus to a relative error of 2e-6: log1p(e) / e is a minimax polynomial on [0, 1].
 __device__ __forceinline__ float softplus(float x) {
@@ -275,7 +273,9 @@ __device__ __forceinline__ float sum_groups(float v) {
 
 __device__ __forceinline__ void set(float (&v)[2], float2 from) { v[0] = from.x, v[1] = from.y; }
 __device__ __forceinline__ float2 get(const float (&v)[2]) { return make_float2(v[0], v[1]); }
-__device__ __forceinline__ void set(float (&v)[4], float4 from) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
+__device__ __forceinline__ void set(float (&v)[4], float4 from) {
+    v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w;
+}
 __device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
 // How warps hand a state on: for each of COUNT states every warp has a mailbox, which the warp of the next tile
@@ -289,8 +289,10 @@ struct Mail {
     static constexpr int SIZE = COUNT * (4 * sizeof(Vector) + 8);  // bytes of a warp
 
     __device__ __forceinline__ Mail(void* memory, int warp, int warps)
-        : boxes(static_cast<Vector*>(memory)), arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * COUNT * warps)),
-          warp(warp), warps(warps) {}
+        : boxes(static_cast<Vector*>(memory)),
+          arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * COUNT * warps)),
+          warp(warp),
+          warps(warps) {}
 
     __device__ __forceinline__ void start(int lane) {
         for (int n = lane; n < COUNT; n += 32) mbarrier_init(arrived + n * warps + warp, 4);

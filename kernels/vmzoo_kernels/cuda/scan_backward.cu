@@ -12,27 +12,27 @@
 #include "scan.cuh"
 
 struct Params {
-    const DY* dy;            // [B, L, D] or [B, L, K, D]
-    const IO* x;             // [B, L, D] or [B, L, K, D]
-    const IO* rows;          // [B, L, K, R + 2 N], dt | B | C
-    const float* A;          // [K, D, N]
-    const float* D;          // [K, D], or null
-    const float* weight;     // [K, D, R]
-    const float* bias;       // [K, D], or null
-    const int* gather;       // [K, steps]
-    const int* merge;        // [K, steps]
-    const float* states;     // at the start of each tile [B, K, tiles, N, D]
-    IO* dx;                  // as x
-    float* sums;             // [B, L, D], without SHARED_SUM
-    IO* d_rows;              // [channel blocks, B, L, K, R + 2 N]
-    float* d_params;         // [blocks of the grid / channel blocks, units, W, K, D, weight (R) | A (N) | bias | D]
-    float* segment_states;   // [B, K, segments, N, D], or null
-    float* segment_deltas;   // [B, K, segments, W, D]
+    const DY* dy;           // [B, L, D] or [B, L, K, D]
+    const IO* x;            // [B, L, D] or [B, L, K, D]
+    const IO* rows;         // [B, L, K, R + 2 N], dt | B | C
+    const float* A;         // [K, D, N]
+    const float* D;         // [K, D], or null
+    const float* weight;    // [K, D, R]
+    const float* bias;      // [K, D], or null
+    const int* gather;      // [K, steps]
+    const int* merge;       // [K, steps]
+    const float* states;    // at the start of each tile [B, K, tiles, N, D]
+    IO* dx;                 // as x
+    float* sums;            // [B, L, D], without SHARED_SUM
+    IO* d_rows;             // [channel blocks, B, L, K, R + 2 N]
+    float* d_params;        // [blocks of the grid / channel blocks, units, W, K, D, weight (R) | A (N) | bias | D]
+    float* segment_states;  // [B, K, segments, N, D], or null
+    float* segment_deltas;  // [B, K, segments, W, D]
     long long dy_b, x_b, rows_b, dx_b;
     int dy_l, x_l, rows_l, dx_l;  // bytes; all others are elements
     int dy_k, x_k, rows_k, dx_k;
     int rows_width, positions, steps, sequence, dim, num_routes, batch;
-    int blocks, warps, units, items;           // channel blocks, warps of a unit, units of a block, batch items of a unit
+    int blocks, warps, units, items;  // channel blocks, warps of a unit, units of a block, items of a unit
     int segment_steps, num_segments;
     int first_route, route_step, route_count;  // routes of this launch
     int mirrored;                              // every other of these routes walks the segment backwards
@@ -50,7 +50,9 @@ __device__ __forceinline__ float softplus_slope(float delta) {
 }
 
 // Two neighbouring channels.
-__device__ __forceinline__ void load_two(float (&v)[2], const float* p) { set(v, ldg(reinterpret_cast<const float2*>(p))); }
+__device__ __forceinline__ void load_two(float (&v)[2], const float* p) {
+    set(v, ldg(reinterpret_cast<const float2*>(p)));
+}
 template <typename T>
 __device__ __forceinline__ void load_two(float (&v)[2], const T* p) {
     set(v, unpack2<T>(ldg(reinterpret_cast<const unsigned*>(p))));
@@ -110,9 +112,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
     const int block = blockIdx.x % p.blocks, segment = blockIdx.x / p.blocks % p.num_segments;
     const int group = blockIdx.x / p.blocks / p.num_segments;
     const int first_item = (group * p.units + slot) * p.items, items = min(p.items, p.batch - first_item);
-    const int d0 = block * CHANNELS, d = d0 + 2 * lane.c;  // the first channel of the unit, and of the lane in the first half
+    const int d0 = block * CHANNELS, d = d0 + 2 * lane.c;  // the lane's first channel in the first half
 
-    // Shared memory: [rows of each warp | constants | gradients of B and C, if D_STATE > 1 | mailboxes | sum over routes]
+    // Shared memory: [rows of each warp | constants | gradients of B, C, if D_STATE > 1 | mailboxes | sum over routes]
     const int all_warps = p.units * p.warps;
     unsigned* words = reinterpret_cast<unsigned*>(memory);
     constexpr int staged_size = 32 * STEPS * WORDS, kept_size = D_STATE > 1 ? 2 * TILE * D_STATE : 0;
@@ -151,7 +153,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 
     for (int i_route = 0; i_route < p.route_count; i_route++) {
         const Range range(p, i_route, segment);
-        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
+        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length,
+                  tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
@@ -176,18 +179,21 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         const long long i_part = ((long long)blockIdx.x / p.blocks * p.units + slot) * p.warps + warp;
         float* part = p.d_params + ((i_part * p.num_routes + k) * p.dim + d0) * PARAMS;
         if (D_STATE > 1 && !SUMMARY) {
-            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32) part[i / D_STATE * PARAMS + RANK + i % D_STATE] = 0.0f;
+            for (int i = lane_id; i < CHANNELS * D_STATE; i += 32)
+                part[i / D_STATE * PARAMS + RANK + i % D_STATE] = 0.0f;
             __syncwarp();
         }
 
         for (int item = 0; item < items; item++) {
             const long long batch = first_item + item, i_sequence = batch * p.num_routes + k;
-            float2* shared_sum = maps + (long long)(slot * p.items + item) * 8 * p.positions + lane.c;  // + 4 (half L + position)
+            // + 4 (half L + position)
+            float2* shared_sum = maps + (long long)(slot * p.items + item) * 8 * p.positions + lane.c;
             float2* global_sum = pinned(reinterpret_cast<float2*>(p.sums + batch * p.positions * p.dim + d));
             const DY* dy = pinned(p.dy + batch * p.dy_b + (long long)k * p.dy_k + d);
             const IO* x = pinned(p.x + batch * p.x_b + (long long)k * p.x_k + d);
             IO* dx = pinned(p.dx + batch * p.dx_b + (long long)k * p.dx_k + d);
-            IO* d_rows = pinned(p.d_rows + ((block * (long long)p.batch + batch) * p.positions * p.num_routes + k) * WIDTH);
+            IO* d_rows =
+                pinned(p.d_rows + ((block * (long long)p.batch + batch) * p.positions * p.num_routes + k) * WIDTH);
             const float* states = p.states + (i_sequence * all_tiles + first_tile) * D_STATE * p.dim + d;
 
             for (int turn = warp; turn < tiles; turn += p.warps) {
@@ -198,7 +204,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) pos[s] = next_pos[s];
                 const Place next = Place{i_route, item, turn}.next(p, items, tiles, warp);
-                const Range next_range = next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
+                const Range next_range =
+                    next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
                 fetch_positions(next, next_range);
                 cp_async_wait<0>();
                 if (D_STATE > 1) __syncwarp();
@@ -206,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 float d_B[STEPS], d_C[STEPS];  // for D_STATE 1
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) d_B[s] = d_C[s] = 0.0f;
-                // dL/d(what goes into the softplus), packed: after both halves the first is in `before`, the second in `d_raw`
+                // dL/d(what goes into the softplus), packed: after both halves the first is in `before`
                 unsigned before[STEPS + 1], d_raw[STEPS + 1];
 #pragma unroll
                 for (int s = 0; s <= STEPS; s++) before[s] = d_raw[s] = 0u;
@@ -296,7 +303,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
                                 decay[s][e] = ex2(delta[s][e] * (rate[e] * LOG2E));
-                                if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][e] = 0.0f;  // a new sequence
+                                // a new sequence
+                                if (SEQUENCES && (begin + t0 + s) % p.sequence == 0) decay[s][e] = 0.0f;
                                 back.a[e] = s == STEPS - 1 ? decay[s][e] : back.a[e] * decay[s][e];
                                 back.b[e] = s == STEPS - 1 ? C[s] * dys[s][e] : fmaf(C[s], dys[s][e], back.b[e]);
                                 back.b[e] *= decay[s][e];
@@ -312,7 +320,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                         if (turn > 0) {
                             mail.receive(q_after, 2 * n + half, lane.c, received);
                         } else if (p.segment_states != nullptr && !SUMMARY) {
-                            set(q_after, *reinterpret_cast<const float2*>(p.segment_states + i_n * p.dim + d + 8 * half));
+                            set(q_after,
+                                *reinterpret_cast<const float2*>(p.segment_states + i_n * p.dim + d + 8 * half));
                         }
                         if (lane.g == 0) {
                             float first[2];
@@ -392,7 +401,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                         for (int s = 0; s < STEPS; s++) {
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
-                                delta_sum[0][e] += half == 0 ? delta[s][e] : 0.0f, delta_sum[1][e] += half == 1 ? delta[s][e] : 0.0f;
+                                delta_sum[0][e] += half == 0 ? delta[s][e] : 0.0f,
+                                    delta_sum[1][e] += half == 1 ? delta[s][e] : 0.0f;
                             }
                         }
                         continue;
@@ -407,7 +417,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
                             d_x[s][e] = d_u[s][e] * delta[s][e];
-                            v[e] = fmaf(d_u[s][e], e == 0 ? pair.x : pair.y, d_delta[s][e]) * softplus_slope(delta[s][e]);
+                            v[e] =
+                                fmaf(d_u[s][e], e == 0 ? pair.x : pair.y, d_delta[s][e]) * softplus_slope(delta[s][e]);
                             bias_sum[e] += v[e];
                         }
                         before[s] = d_raw[s];
@@ -452,7 +463,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                     for (int s = 0; s < STEPS; s++) {
                         if (pos[s] < 0) continue;
                         if (ends) {
-                            store_global(reinterpret_cast<unsigned*>(at(dx + 8 * half, pos[s], p.dx_l)), pack2<IO>(d_x[s][0], d_x[s][1]));
+                            store_global(reinterpret_cast<unsigned*>(at(dx + 8 * half, pos[s], p.dx_l)),
+                                         pack2<IO>(d_x[s][0], d_x[s][1]));
                         } else if (SHARED_SUM) {
                             shared_sum[4 * (half * p.positions + pos[s])] = get(d_x[s]);
                         } else {
@@ -479,7 +491,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                 // d_dt = d_raw . weight
 #pragma unroll
                 for (int i = 0; i < RANK_TILES; i++) {
-                    const unsigned b[2] = {constants.word(Constants::TURNED + 2 * i), constants.word(Constants::TURNED + 2 * i + 1)};
+                    const unsigned b[2] = {constants.word(Constants::TURNED + 2 * i),
+                                           constants.word(Constants::TURNED + 2 * i + 1)};
 #pragma unroll
                     for (int m = 0; m < MMA_ROWS; m++) {
                         const unsigned a[4] = {before[2 * m], before[2 * m + 1], d_raw[2 * m], d_raw[2 * m + 1]};
@@ -492,7 +505,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
                             if (s >= STEPS || pos[s % STEPS] < 0) continue;
                             IO* to = at(d_rows, pos[s % STEPS], d_rows_l) + r;
                             if (RANK % 2 == 0 && WIDTH % 2 == 0) {
-                                if (r < RANK) store_global(reinterpret_cast<unsigned*>(to), pack2<IO>(v[2 * row], v[2 * row + 1]));
+                                if (r < RANK)
+                                    store_global(reinterpret_cast<unsigned*>(to),
+                                                 pack2<IO>(v[2 * row], v[2 * row + 1]));
                             } else {
                                 if (r < RANK) store_global(to, from_float<IO>(v[2 * row]));
                                 if (r + 1 < RANK) store_global(to + 1, from_float<IO>(v[2 * row + 1]));
@@ -504,7 +519,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
 #pragma unroll
                 for (int s = 0; s < STEPS; s += 2) {
                     const bool second = s + 1 < STEPS;
-                    const unsigned a[4] = {transpose(before[s]), transpose(d_raw[s]), second ? transpose(before[s + 1]) : 0u,
+                    const unsigned a[4] = {transpose(before[s]), transpose(d_raw[s]),
+                                           second ? transpose(before[s + 1]) : 0u,
                                            second ? transpose(d_raw[s + 1]) : 0u};
                     unsigned row[2][ROW_WORDS];
                     staged.read(row[0], s);
@@ -531,7 +547,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
             for (int j = 0; j < 2; j++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) delta_sum[j][e] = sum_groups(delta_sum[j][e]);
-                if (lane.g == 0) *reinterpret_cast<float2*>(p.segment_deltas + i_deltas * p.dim + d + 8 * j) = get(delta_sum[j]);
+                if (lane.g == 0)
+                    *reinterpret_cast<float2*>(p.segment_deltas + i_deltas * p.dim + d + 8 * j) = get(delta_sum[j]);
             }
             continue;
         }
@@ -548,7 +565,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_backward(co
         for (int j = 0; j < 2; j++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float a = D_STATE == 1 ? sum_groups(d_A[j][e]) : 0.0f, b = sum_groups(d_bias[j][e]), v = sum_groups(d_D[j][e]);
+                float a = D_STATE == 1 ? sum_groups(d_A[j][e]) : 0.0f, b = sum_groups(d_bias[j][e]),
+                      v = sum_groups(d_D[j][e]);
                 float* of_channel = part + channel_of(j, 2 * lane.c + e) * PARAMS + RANK;
                 if (lane.g == 0) {
                     if (D_STATE == 1) of_channel[0] = a;

@@ -3,9 +3,9 @@
 #include "prelude.cuh"
 
 struct Params {
-    const float* A;        // [K, D, N]
-    float* states;         // [B, K, segments, N, D]
-    const float* deltas;   // [B, K, segments, W, D], summed step sizes
+    const float* A;       // [K, D, N]
+    float* states;        // [B, K, segments, N, D]
+    const float* deltas;  // [B, K, segments, W, D], summed step sizes
     int batch, num_routes, num_segments, warps, dim, reverse;
 };
 

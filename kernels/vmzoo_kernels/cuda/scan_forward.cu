@@ -1,7 +1,7 @@
-// Forward scan; also defined by the launcher: OUT (dtype of y), MAX_WARPS (of a block), REDUCE (sum over routes), and the
-// accumulator of that sum: SHARED_SUM (a map in shared memory) or else float32 in global memory; SAME_TABLE (outputs go
-// where inputs came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a
-// route is several sequences), SUMMARY (only what a segment does to the state).
+// Forward scan. Also defined by the launcher: OUT (dtype of y), MAX_WARPS (of a block), REDUCE (sum over routes), and
+// the accumulator of that sum: SHARED_SUM (a map in shared memory) or else float32 in global memory; SAME_TABLE (outputs
+// go where inputs came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a route is several sequences),
+// SUMMARY (only what a segment does to the state).
 #include "prelude.cuh"
 #define HALVES 0
 #include "scan.cuh"
@@ -25,7 +25,7 @@ struct Params {
     int x_l, rows_l, y_l;  // bytes; all others are elements
     int x_k, rows_k, y_k;
     int rows_width, positions, steps, sequence, dim, num_routes, batch;
-    int blocks, warps, units, items;           // channel blocks, warps of a unit, units of a block, batch items of a unit
+    int blocks, warps, units, items;  // channel blocks, warps of a unit, units of a block, items of a unit
     int segment_steps, num_segments;
     int first_route, route_step, route_count;  // routes of this launch
     int mirrored;                              // every other of these routes walks the segment backwards
@@ -99,12 +99,14 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
 
     for (int i_route = 0; i_route < p.route_count; i_route++) {
         const Range range(p, i_route, segment);
-        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length, tiles = range.tiles;
+        const int k = range.k, i_segment = range.i_segment, begin = range.begin, length = range.length,
+                  tiles = range.tiles;
         const int all_tiles = (p.steps + TILE - 1) / TILE, first_tile = (begin + TILE - 1) / TILE;
 
         const int* merge = pinned(p.merge + (long long)k * p.steps + begin);
         Weights weights;
-        weights.load(p.weight + ((long long)k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d0, lane);
+        weights.load(p.weight + ((long long)k * p.dim + d0) * RANK,
+                     p.bias == nullptr ? nullptr : p.bias + k * p.dim + d0, lane);
         float decay_rate[4];
         const float* A = p.A + ((long long)k * p.dim + d) * D_STATE;
         if (D_STATE == 1) {
@@ -140,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
                     xs[s] = ldg(reinterpret_cast<const uint2*>(at(x, from, p.x_l)));
                 }
                 const Place next = Place{i_route, item, tile}.next(p, items, tiles, warp);
-                const Range next_range = next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
+                const Range next_range =
+                    next.exists(p) && next.i_route != i_route ? Range(p, next.i_route, segment) : range;
                 fetch_positions(next, next_range);
                 unsigned row[STEPS][ROW_WORDS];
                 cp_async_wait<0>();
@@ -313,7 +316,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) scan_forward(con
         __syncwarp();
         if (SUMMARY) {
             // The lanes of a warp hold different steps, its warps different tiles.
-            const long long i_part = (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
+            const long long i_part =
+                (((long long)first_item * p.num_routes + k) * p.num_segments + i_segment) * p.warps + warp;
 #pragma unroll
             for (int q = 0; q < 4; q++) delta_sum[q] = sum_groups(delta_sum[q]);
             if (lane.g == 0) *reinterpret_cast<float4*>(p.segment_deltas + i_part * p.dim + d) = get(delta_sum);

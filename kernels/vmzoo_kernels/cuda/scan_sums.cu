@@ -1,5 +1,5 @@
-// Adds up what the blocks and warps of the backward scan found, in a fixed order. Also defined by the launcher: IO, RANK,
-// D_STATE.
+// Adds up what the blocks and warps of the backward scan found, in a fixed order. Also defined by the launcher: IO,
+// RANK, D_STATE.
 #include "prelude.cuh"
 
 constexpr int WIDTH = RANK + 2 * D_STATE;
@@ -7,8 +7,8 @@ constexpr int PARAMS = RANK + D_STATE + 2;
 constexpr int COLUMNS = 32, ROWS = 8;  // of a block of sum_params
 
 struct RowsParams {
-    const IO* parts;    // [parts, rows, R + 2 N]
-    IO* sum;            // [rows, pitch], zero beyond R + 2 N
+    const IO* parts;  // [parts, rows, R + 2 N]
+    IO* sum;          // [rows, pitch], zero beyond R + 2 N
     long long rows;
     int num_parts, pitch;
 };
