@@ -243,10 +243,11 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     lanes = _lanes(gather, merge, x.shape[1], complete)
     factors, widths = _factors(inputs)
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
+    last_state = A.shape[-1] - 1
     for block in _blocks(x, lanes, _FORWARD_BLOCK):
         dt, b, c = block.read(factors).split(widths, -1)
         # In one piece: the larger what is freed, the more of it malloc keeps, and new pages cost more than arithmetic.
-        u, delta, y = x.new_empty(3, *dt.shape[:-1], x.shape[-1])
+        u, delta, y, *spare = x.new_empty(5 if last_state else 3, *dt.shape[:-1], x.shape[-1])
         block.read(x, out=u)
         block.project(dt, dt_weight, dt_bias, out=delta)
         if softplus:
@@ -257,10 +258,10 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
         else:
             torch.mul(u, block.parameter(D), out=y)
         delta_u = u.mul_(delta)
-        for n in range(A.shape[-1]):
-            final = n == A.shape[-1] - 1  # overwrite
-            added = torch.mul(delta_u, b[..., n : n + 1], out=delta_u if final else None)
-            decay = _decay(delta, block.parameter(A[..., n]), out=delta if final else None)
+        for n in range(last_state + 1):
+            added, decay = spare if n < last_state else (delta_u, delta)
+            torch.mul(delta_u, b[..., n : n + 1], out=added)
+            _decay(delta, block.parameter(A[..., n]), out=decay)
             h, ends = _states(decay, added, lanes.num_sequences)
             last[block.batch, block.routes, ..., n] = ends[:, :, :, -1].transpose(0, 1)
             y.addcmul_(h, c[..., n : n + 1])

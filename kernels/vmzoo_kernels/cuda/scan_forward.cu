@@ -1,7 +1,7 @@
 // Forward scan. Also defined by the launcher: OUT (dtype of y), MAX_WARPS (of a block), REDUCE (sum over routes), and
-// the accumulator of that sum: SHARED_SUM (a map in shared memory) or else float32 in global memory; SAME_TABLE (outputs
-// go where inputs came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a route is several sequences),
-// SUMMARY (only what a segment does to the state).
+// the accumulator of that sum: SHARED_SUM (a map in shared memory) or else float32 in global memory; SAME_TABLE (what
+// comes out goes where it came from), SKIP_ONCE (the D of all routes times the same x), SEQUENCES (a route is several
+// sequences), SUMMARY (only what a segment does to the state).
 #include "prelude.cuh"
 #define HALVES 0
 #include "scan.cuh"
