@@ -6,6 +6,8 @@ operator; :func:`selective_scan` is it with full step sizes, along the sequence 
 and FLOP formula are registered once, for both.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -38,8 +40,7 @@ def _empty_outputs(
     return y, last, x.new_empty(kept.get(backend, 0) if keep else 0, dtype=acc)
 
 
-@torch.library.custom_op('vmzoo::scan', mutates_args=())
-def _scan(
+def _forward(
     x: Tensor,
     dt: Tensor,
     B: Tensor | None,
@@ -72,6 +73,9 @@ def _scan(
     return out, last, states
 
 
+_scan = torch.library.custom_op('vmzoo::scan', _forward, mutates_args=())
+
+
 @_scan.register_fake
 def _(
     x,
@@ -95,8 +99,7 @@ def _(
     return _empty_outputs(x, A, gather, reduce, out_dtype, save_states, backend)
 
 
-@torch.library.custom_op('vmzoo::scan_backward', mutates_args=())
-def _scan_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -142,6 +145,9 @@ def _empty_grads(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
     return [inputs[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
 
 
+_scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, mutates_args=())
+
+
 @_scan_backward.register_fake
 def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, backend):
     return _empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
@@ -155,32 +161,39 @@ def _setup_context(ctx, inputs, output):
     ctx.options = (complete, mirrored, softplus, backend)
 
 
-def _autograd(ctx, dy, *unused):
+def _gradients(ctx, dy: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
     *tensors, states, gather, merge = ctx.saved_tensors
     nothing = (None,) * 9
     if dy is None:
         return (None,) * 8 + nothing
-    grads = torch.ops.vmzoo.scan_backward(dy, *tensors, states, gather, merge, *ctx.options)
+    grads = backward(dy, *tensors, states, gather, merge, *ctx.options)
     return tuple(None if v is None else grad for v, grad in zip(tensors, grads)) + nothing
+
+
+def _autograd(ctx, dy, *unused):
+    return _gradients(ctx, dy, torch.ops.vmzoo.scan_backward)
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _autocast_tensors(tensors: tuple[Tensor | None, ...], device_type: str) -> list[Tensor | None]:
+    """x, dt, B and C in the autocast dtype, A, D, dt_weight and dt_bias in float32; float64 as it is.
+
+    Only what flows is cast: the scan is sensitive to its parameters, and they are small.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    wanted = [dtype] * 4 + [torch.float32] * 4
+    return [v if v is None or v.dtype == torch.float64 else v.to(to) for v, to in zip(tensors, wanted)]
+
+
 def _autocast(device_type: str):
-    def kernel(_, x, dt, B, C, A, D, dt_weight, dt_bias, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(v: Tensor | None, to: torch.dtype) -> Tensor | None:
-            return v if v is None or v.dtype == torch.float64 else v.to(to)
-
-        # Only what flows is cast: the scan is sensitive to its parameters, and they are small.
-        flowing = [cast(v, dtype) for v in (x, dt, B, C)]
-        kept = [cast(v, torch.float32) for v in (A, D, dt_weight, dt_bias)]
+    def kernel(_, *inputs):
+        tensors = _autocast_tensors(inputs[:8], device_type)
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.vmzoo.scan(*flowing, *kept, *rest)
+            return torch.ops.vmzoo.scan(*tensors, *inputs[8:])
 
     return kernel
 
@@ -188,6 +201,41 @@ def _autocast(device_type: str):
 _LIBRARY = torch.library.Library('vmzoo', 'FRAGMENT')
 for _device_type in ('cpu', 'cuda'):
     _LIBRARY.impl('scan', _autocast(_device_type), f'Autocast{_device_type.upper()}', with_keyset=True)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without torch's dispatcher, whose Python takes longer than the kernel of a small map."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, *unused):
+        # With create_graph, the operator says that its gradients have none.
+        return _gradients(ctx, dy, torch.ops.vmzoo.scan_backward if torch.is_grad_enabled() else _backward)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _call(tensors: tuple[Tensor | None, ...], *options) -> tuple[Tensor, Tensor, Tensor]:
+    """``vmzoo::scan``, directly where nothing looks into the computation: no compiler, tracer, transform or mode."""
+    device_type = tensors[0].device.type
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(v) not in _PLAIN for v in tensors)
+        or device_type not in ('cpu', 'cuda')
+    ):
+        return torch.ops.vmzoo.scan(*tensors, *options)
+    if torch.is_autocast_enabled(device_type):
+        tensors = _autocast_tensors(tensors, device_type)
+    return _Direct.apply(*tensors, *options)
 
 
 def scan_flops(
@@ -307,15 +355,8 @@ def route_scan(
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
     flowing = _flowing_dtype(x)
     unfit = cuda_scan.why_not(flowing, dim, d_state, rank, routes.complete)
-    return torch.ops.vmzoo.scan(
-        x,
-        x_dbl,
-        None,
-        None,
-        A,
-        D,
-        dt_weight,
-        dt_bias,
+    return _call(
+        (x, x_dbl, None, None, A, D, dt_weight, dt_bias),
         routes.gather,
         routes.merge,
         routes.complete,
@@ -418,7 +459,7 @@ def selective_scan(
 
     order = get_routes('forward', 1, length, device=u.device)
     table = order.gather if groups == 1 else order.gather.expand(groups, 1, length)
-    y, last, _ = torch.ops.vmzoo.scan(
+    tensors = (
         channels(u),
         channels(delta),
         B.permute(0, 3, 1, 2),
@@ -427,6 +468,9 @@ def selective_scan(
         None if D is None else D.unflatten(0, (groups, -1)),
         None,
         None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
+    )
+    y, last, _ = _call(
+        tensors,
         table,
         table,
         True,

@@ -206,3 +206,32 @@ def test_what_the_kernels_do_not_take_is_named():
 )
 def test_kernels_on_a_gpu(size, dim, d_state, rank, routes, batch, dtype):
     check(make(size, dim, d_state, rank, routes, dtype, batch, device='cuda'))
+
+
+@emulated.needs_compiler
+@pytest.mark.parametrize('autocast', [False, True])
+def test_emulated_behind_the_operator(emulator, monkeypatch, autocast):
+    """The call that users make, directly and through torch's dispatcher, gives the same gradients."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vmzoo_kernels import ops, route_scan
+
+    monkeypatch.setattr(ops, 'resolve_backend', lambda *args: 'cuda')
+    inputs = make((5, 9), 16, 1, 6, 'cross', torch.bfloat16, batch=2)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    tensors = [
+        v.to(dtype if i < 2 else torch.float32).requires_grad_() for i, v in enumerate((*inputs[:2], *inputs[4:8]))
+    ]
+    routes = get_routes('cross', 5, 9)
+
+    def gradients():
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y = route_scan(*tensors, routes)
+        assert y.dtype == torch.bfloat16
+        return torch.autograd.grad(y.float().square().sum(), tensors)
+
+    direct = gradients()
+    with FlopCounterMode(display=False) as flops:
+        dispatched = gradients()
+    assert flops.get_total_flops() > 0
+    assert all(torch.equal(*pair) and pair[0].dtype == v.dtype for *pair, v in zip(direct, dispatched, tensors))
