@@ -28,13 +28,16 @@ _MAX_WORDS = 16  # 128 columns of dt, B and C
 load = nvrtc.load
 
 
-def why_not(dtype: torch.dtype, dim: int, d_state: int, rank: int, complete: bool) -> str | None:
+def why_not(
+    dtype: torch.dtype, out_dtype: torch.dtype, dim: int, d_state: int, rank: int, complete: bool
+) -> str | None:
     """Why these kernels do not take a scan; None if they do."""
     if not complete:
         return 'it takes routes that visit every position once'
-
     if dtype not in (torch.float16, torch.bfloat16):
         return f'it takes float16 and bfloat16, not {dtype}'
+    if out_dtype not in _TYPES:
+        return f'it returns float16, bfloat16 and float32, not {out_dtype}'
     if dim % CHANNELS:
         return f'it takes a multiple of {CHANNELS} channels, not {dim}'
     if _words(rank + 2 * d_state) > _MAX_WORDS:
@@ -138,8 +141,12 @@ def _plan(
     return _Plan(warps, units, items, num_segments, segment_tiles * TILE, shared_sum, groups, shared_bytes)
 
 
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.to(torch.float32).contiguous()
+def _parameter(v: Tensor | None) -> Tensor | None:
+    """float32, one piece, at a multiple of 16 bytes."""
+    if v is None:
+        return None
+    v = v.to(torch.float32).contiguous()
+    return v.clone() if v.data_ptr() % 16 else v
 
 
 def _address(v: Tensor | None) -> int:
@@ -153,11 +160,11 @@ def _aligned(v: Tensor, bytes: int) -> bool:
 
 
 def _rows(inputs: ScanInputs) -> Tensor:
-    """Rows dt | B | C [B, L, K, >= R + 2N] of a multiple of 16 bytes."""
+    """Rows dt | B | C [B, L, K, >= R + 2N] of a multiple of 16 bytes, in the dtype of x."""
     width = inputs.dt_weight.shape[-1] + 2 * inputs.A.shape[-1]
-    if inputs.B is None and _aligned(inputs.dt, 16):
+    if inputs.B is None and inputs.dt.dtype == inputs.x.dtype and _aligned(inputs.dt, 16):
         return inputs.dt
-    rows = inputs.dt.new_zeros((*inputs.dt.shape[:3], -(-width // 8) * 8))
+    rows = inputs.x.new_zeros((*inputs.dt.shape[:3], -(-width // 8) * 8))
     parts = inputs.unpacked()
     rows[..., :width] = torch.cat((parts.dt, parts.B, parts.C), dim=-1)
     return rows
@@ -177,7 +184,7 @@ class _Scan:
         self.rank = inputs.dt_weight.shape[-1]
         self.x = x = x if _aligned(x, 8) else x.contiguous()
         self.rows = rows = _rows(inputs)
-        self.A, self.D, self.weight, self.bias = (_contiguous(v) for v in inputs[4:8])
+        self.A, self.D, self.weight, self.bias = (_parameter(v) for v in inputs[4:8])
         self.batch, self.positions = x.shape[:2]
         self.same = inputs.gather.data_ptr() == inputs.merge.data_ptr()
         self.gather, self.merge = inputs.gather.contiguous(), inputs.merge.contiguous()

@@ -354,7 +354,8 @@ def route_scan(
     _expect('dt_weight', dt_weight, (num_routes, dim, rank), '[K, D, R]')
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
     flowing = _flowing_dtype(x)
-    unfit = cuda_scan.why_not(flowing, dim, d_state, rank, routes.complete)
+    out_dtype = out_dtype or flowing
+    unfit = cuda_scan.why_not(flowing, out_dtype, dim, d_state, rank, routes.complete)
     return _call(
         (x, x_dbl, None, None, A, D, dt_weight, dt_bias),
         routes.gather,
@@ -363,7 +364,7 @@ def route_scan(
         routes.mirrored,
         True,
         merge,
-        out_dtype or flowing,
+        out_dtype,
         _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
         resolve_backend(backend, x.device, x.dtype, unfit),
     )[0]

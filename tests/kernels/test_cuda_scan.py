@@ -129,7 +129,7 @@ def test_emulated_batch_items_that_share_a_warp(emulator):
 
 @emulated.needs_compiler
 def test_emulated_awkward_memory(emulator):
-    """Rows that start anywhere, a map that is a slice of a wider one, no D and no bias."""
+    """Rows that start anywhere or in another dtype, a slice of a wider map, parameters at odd addresses."""
     inputs = make((6, 9), 48, 1, 6, 'cross', batch=2)
     wide = torch.zeros(2, 54, 51, dtype=torch.float16)
     wide[..., 1:49] = inputs.x
@@ -137,6 +137,9 @@ def test_emulated_awkward_memory(emulator):
     padded = torch.zeros(2, 54, 4, 11, dtype=torch.float16)
     padded[..., 3:] = inputs.dt
     check(inputs._replace(dt=padded[..., 3:]))
+    check(inputs._replace(dt=inputs.dt.float()))
+    odd = [torch.zeros(v.numel() + 1)[1:].view(v.shape).copy_(v) for v in inputs[4:8]]
+    check(inputs._replace(A=odd[0], D=odd[1], dt_weight=odd[2], dt_bias=odd[3]))
 
 
 @emulated.needs_compiler
@@ -180,11 +183,12 @@ def test_kernels_compile(monkeypatch, arch, rank, d_state):
 
 
 def test_what_the_kernels_do_not_take_is_named():
-    assert cuda_scan.why_not(torch.float16, 96, 1, 6, True) is None
-    assert 'not torch.float32' in cuda_scan.why_not(torch.float32, 96, 1, 6, True)
-    assert 'multiple of 16 channels, not 40' in cuda_scan.why_not(torch.float16, 40, 1, 6, True)
-    assert 'up to 128, not 134' in cuda_scan.why_not(torch.float16, 96, 64, 6, True)
-    assert 'every position once' in cuda_scan.why_not(torch.float16, 96, 1, 6, False)
+    assert cuda_scan.why_not(torch.float16, torch.float32, 96, 1, 6, True) is None
+    assert 'not torch.float32' in cuda_scan.why_not(torch.float32, torch.float32, 96, 1, 6, True)
+    assert 'not torch.float64' in cuda_scan.why_not(torch.float16, torch.float64, 96, 1, 6, True)
+    assert 'multiple of 16 channels, not 40' in cuda_scan.why_not(torch.float16, torch.float32, 40, 1, 6, True)
+    assert 'up to 128, not 134' in cuda_scan.why_not(torch.float16, torch.float32, 96, 64, 6, True)
+    assert 'every position once' in cuda_scan.why_not(torch.float16, torch.float32, 96, 1, 6, False)
 
 
 @pytest.mark.skipif(not GPU, reason='needs a GPU')
