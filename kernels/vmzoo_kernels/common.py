@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STATE_INTERVAL = 32
 """Steps of a route between the states that a forward pass keeps for its backward pass."""
@@ -12,6 +12,16 @@ STATE_INTERVAL = 32
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state, softplus, exp and sums for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def runs_plainly(*tensors: Tensor | None) -> bool:
+    """Whether nothing looks into a computation: no compiler, tracer, transform, mode or tensor of another class."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and all(type(v) in _PLAIN for v in tensors)
+
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 class ScanInputs(NamedTuple):

@@ -289,11 +289,11 @@ def backward(dy: Tensor, inputs: ScanInputs, states: Tensor) -> tuple[Tensor | N
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; None for those not given."""
     num_routes, dim, d_state = inputs.A.shape
     sums_routes = inputs.x.ndim == 3 and num_routes > 1
-    rank_tiles = -(-inputs.dt_weight.shape[-1] // 8)
-    constants = 128 * (2 * _words(inputs.dt_weight.shape[-1] + 2 * d_state) + 8 + 2 * rank_tiles)
-    kept = 8 * TILE * d_state if d_state > 1 else 0
-    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, constants + kept + 80 * d_state + 16)
-    plan, x, rows, rank = scan.plan, scan.x, scan.rows, scan.rank
+    rank = inputs.dt_weight.shape[-1]
+    constant_bytes = 128 * (2 * _words(rank + 2 * d_state) + 8 + 2 * -(-rank // 8))
+    kept_bytes = 8 * TILE * d_state if d_state > 1 else 0
+    scan = _Scan(inputs, _BACKWARD_WARPS, sums_routes, constant_bytes + kept_bytes + 80 * d_state + 16)
+    plan, x, rows = scan.plan, scan.x, scan.rows
     dy = dy if _aligned(dy, 4 * dy.element_size()) else dy.contiguous()
     dx = x.new_empty(x.shape)
     d_rows = x.new_empty(rows.shape)

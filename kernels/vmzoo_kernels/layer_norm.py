@@ -8,14 +8,14 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import resolve_backend, why_not_triton
+from .common import runs_plainly
 
 _MAX_CHANNELS = 8192  # a row stays in the registers of one program
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def layer_norm(
@@ -64,22 +64,19 @@ def _device_has_triton(device: torch.device) -> bool:
 
 def _can_fuse(x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
     device = x.device
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _device_has_triton(device):
+    if not runs_plainly(x, weight, bias) or not _device_has_triton(device):
         return False
     shape = x.shape[-1:]
     for v in (weight, bias):
-        if v is not None and not (type(v) in _PLAIN and v.dtype in _DTYPES and v.device == device and v.shape == shape):
+        if v is not None and not (v.dtype in _DTYPES and v.device == device and v.shape == shape):
             return False
     return (
-        type(x) in _PLAIN
-        and x.dtype in _DTYPES
+        x.dtype in _DTYPES
         and out_dtype in _DTYPES
         and x.numel() > 0
         and x.ndim > 0
         and shape.numel() <= _MAX_CHANNELS
         and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()  # tracers and the like
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked, cuda_scan
 from .backends import resolve_backend
-from .common import STATE_INTERVAL, ScanInputs, compute_dtype
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype, runs_plainly
 from .routes import Routes, get_routes
 
 
@@ -218,20 +218,10 @@ class _Direct(torch.autograd.Function):
         return _gradients(ctx, dy, torch.ops.vmzoo.scan_backward if torch.is_grad_enabled() else _backward)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
 def _call(tensors: tuple[Tensor | None, ...], *options) -> tuple[Tensor, Tensor, Tensor]:
-    """``vmzoo::scan``, directly where nothing looks into the computation: no compiler, tracer, transform or mode."""
+    """``vmzoo::scan``, directly where nothing looks into the computation."""
     device_type = tensors[0].device.type
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or any(type(v) not in _PLAIN for v in tensors)
-        or device_type not in ('cpu', 'cuda')
-    ):
+    if device_type not in ('cpu', 'cuda') or not runs_plainly(*tensors):
         return torch.ops.vmzoo.scan(*tensors, *options)
     if torch.is_autocast_enabled(device_type):
         tensors = _autocast_tensors(tensors, device_type)

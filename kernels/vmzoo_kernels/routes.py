@@ -189,8 +189,10 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
             complete = complete and bool((count == 1).all()) and row.numel() == num_positions
     tables = (gather.to(torch.int32).contiguous(), merge.to(torch.int32).contiguous())
     half = len(tables[0]) // 2
-    mirrored = half > 0 and all(torch.equal(v[:half].flatten(1).flip(1), v[half:].flatten(1)) for v in tables)
-    return Routes(*tables, num_positions, complete, complete and mirrored)
+    mirrored = (
+        complete and half > 0 and all(torch.equal(v[:half].flatten(1).flip(1), v[half:].flatten(1)) for v in tables)
+    )
+    return Routes(*tables, num_positions, complete, mirrored)
 
 
 def gather_routes(x: Tensor, routes: Routes) -> Tensor:

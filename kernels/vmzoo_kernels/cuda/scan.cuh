@@ -21,7 +21,6 @@ constexpr int ROW_COLUMNS = D_STATE == 1 ? RANK + 2 : RANK;
 constexpr int ROW_WORDS = (ROW_COLUMNS + 8 * CHUNK - 1) / (8 * CHUNK) * CHUNK;  // that a lane keeps in registers
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned FULL = 0xffffffffu;
-constexpr unsigned EMPTY = 0xffffffffu;  // no arithmetic yields this NaN
 
 // Column of a projected row [dt | B | C] that is in the low half of a lane's word.
 __device__ __forceinline__ constexpr int column(int c, int word) {
