@@ -66,13 +66,16 @@ def _card(family: str, summaries: list[ModelSummary]) -> str:
         '',
         '## Architectures',
         '',
-        '| model | task | params (M) | input | feature channels | feature scales |',
-        '| --- | --- | ---: | --- | --- | --- |',
+        '| model | task | params (M) | GMACs | input | feature channels | feature scales |',
+        '| --- | --- | ---: | ---: | --- | --- | --- |',
         *(
-            f'| `{s.name}` | {s.task} | {s.params / 1e6:.2f} | {"x".join(map(str, s.input_size))} '
+            f'| `{s.name}` | {s.task} | {s.params / 1e6:.2f} | {s.gmacs:.3g} | {"x".join(map(str, s.input_size))} '
             f'| {_list(s.channels)} | {_list(f"1/{r}" for r in s.reductions)} |'
             for s in summaries
         ),
+        '',
+        'GMACs: billions of multiply-accumulates for one image of that size, as papers count them (a scan: 9 for each '
+        'step, channel and state).',
         '',
         '## Published weights',
         '',
@@ -105,13 +108,13 @@ def _preprocessing(name: str) -> str:
 
 def _readme_table(summaries: list[ModelSummary]) -> str:
     metrics = {weight.name: weight.metrics for weight in published_weights()}
-    lines = ['| model | params (M) | input | top-1 | card |', '| --- | ---: | --- | ---: | --- |']
+    lines = ['| model | params (M) | GMACs | input | top-1 | card |', '| --- | ---: | ---: | --- | ---: | --- |']
     for s in summaries:
         tag = next(iter(default_cfgs_of(s.name)))
         top1 = metrics.get(f'{s.name}.{tag}', {}).get('imagenet1k_top1', '-')
         size = 'x'.join(map(str, s.input_size[1:]))
         card = f'[{s.family}](model_cards/{s.family}.md)'
-        lines.append(f'| `{s.name}` | {s.params / 1e6:.1f} | {size} | {top1} | {card} |')
+        lines.append(f'| `{s.name}` | {s.params / 1e6:.1f} | {s.gmacs:.3g} | {size} | {top1} | {card} |')
     return '\n'.join(lines) + '\n'
 
 

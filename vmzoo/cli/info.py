@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         ('family', summary.family),
         ('task', summary.task),
         ('parameters', f'{summary.params / 1e6:.2f} M'),
+        ('cost', f'{summary.gmacs:.3g} G multiply-accumulates at {"x".join(map(str, summary.input_size))}'),
         ('input', f'{"x".join(map(str, cfg.input_size))}' + (' (fixed)' if cfg.fixed_input_size else ' (any size)')),
         (
             'preprocessing',

@@ -37,19 +37,20 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([{**_record(summary), 'weights': tags} for summary, tags in rows], indent=2))
         return 0
     print_table(
-        ['model', 'family', 'task', 'params (M)', 'input', 'weights'],
+        ['model', 'family', 'task', 'params (M)', 'GMACs', 'input', 'weights'],
         [
             (
                 s.name,
                 s.family,
                 s.task,
                 f'{s.params / 1e6:.1f}',
+                f'{s.gmacs:.3g}',
                 'x'.join(map(str, s.input_size)),
                 ', '.join(tags) or '-',
             )
             for s, tags in rows
         ],
-        right=['params (M)'],
+        right=['params (M)', 'GMACs'],
     )
     return 0
 
@@ -68,6 +69,4 @@ def _matches(summary: ModelSummary, tags: list[str], args: argparse.Namespace) -
 
 
 def _record(summary: ModelSummary) -> dict[str, object]:
-    return {'name': summary.name, 'family': summary.family, 'task': summary.task, 'params': summary.params} | {
-        'input_size': summary.input_size
-    }
+    return {key: getattr(summary, key) for key in ('name', 'family', 'task', 'params', 'gmacs', 'input_size')}

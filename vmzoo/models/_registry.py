@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
+import torch
 from timm.models import create_model, get_pretrained_cfg, is_model, list_models, model_entrypoint
 from timm.models._pretrained import PretrainedCfg
+
+from ._macs import count_macs
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class ModelSummary:
     Attributes:
         task: `classification`, `backbone` (feature maps only), or what the model class states as its `task`.
         params: Number of parameters, classifier included.
+        gmacs: Billions of multiply-accumulates for one image of `input_size`, as `count_macs` counts them.
         input_size: (C, H, W) of the default cfg.
         channels: Width of each feature map of `features_only=True`; empty for a model that has none.
         reductions: By how much each of them is smaller than the image.
@@ -26,6 +30,7 @@ class ModelSummary:
     family: str
     task: str
     params: int
+    gmacs: float
     input_size: tuple[int, int, int]
     channels: tuple[int, ...]
     reductions: tuple[int, ...]
@@ -54,7 +59,7 @@ def default_cfgs_of(name: str) -> dict[str, PretrainedCfg]:
 
 def summarize(name: str) -> ModelSummary:
     """Builds the model on the meta device and looks at it."""
-    model = create_model(name, device='meta')
+    model = create_model(name, device='meta').eval()
     cfg = get_pretrained_cfg(name)
     task = getattr(model, 'task', None) or ('classification' if cfg.num_classes else 'backbone')
     channels, reductions = (), ()
@@ -62,7 +67,8 @@ def summarize(name: str) -> ModelSummary:
         info = create_model(name, features_only=True, device='meta').feature_info
         channels, reductions = tuple(info.channels()), tuple(info.reduction())
     params = sum(parameter.numel() for parameter in model.parameters())
-    return ModelSummary(name, family_of(name), task, params, tuple(cfg.input_size), channels, reductions)
+    gmacs = round(count_macs(model, torch.empty(1, *cfg.input_size, device='meta')) / 1e9, 4)
+    return ModelSummary(name, family_of(name), task, params, gmacs, tuple(cfg.input_size), channels, reductions)
 
 
 @functools.cache

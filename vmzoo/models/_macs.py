@@ -1,0 +1,31 @@
+"""Multiply-accumulates of a model, as papers state them."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmzoo_kernels.ops import scan_flops
+
+
+def count_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """Counts the multiply-accumulates of one forward pass; on the meta device, nothing is computed.
+
+    The field's convention: a multiply-accumulate of a product or a convolution is one, and so is every single operation
+    of a scan (9 a step, channel and state, and one for the skip). Norms, activations and sums are not counted.
+
+    Args:
+        model: A model in evaluation mode.
+        inputs: What its `forward` takes.
+    """
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.vmzoo.scan: _scan}) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def _scan(x, dt, B, C, A, D, dt_weight, dt_bias, gather, *args, **kwargs) -> int:
+    """Twice what the convention counts of the operator, given the shapes of its arguments."""
+    num_routes, sequences, steps = gather
+    rank = 0 if dt_weight is None else dt_weight[-1]
+    size = (x[0], sequences * steps, num_routes, A[1], A[2], rank, D is not None)
+    alone, with_projection = (scan_flops(*size, projected) for projected in (False, dt_weight is not None))
+    return alone + with_projection
