@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,6 +27,9 @@ class Routes(NamedTuple):
         complete: whether every route reads and writes every position, exactly once each.
         mirrored: whether route k + K / 2 visits the positions of route k in reverse, for every k < K / 2. Two such
             routes can share what they load.
+        parts: the map in K parts, if the routes share its positions out between them; None if a position is visited
+            twice, or never. A scan of the parts needs no more projections than the map has positions, and takes every
+            backend.
     """
 
     gather: Tensor
@@ -33,11 +37,34 @@ class Routes(NamedTuple):
     num_positions: int
     complete: bool
     mirrored: bool = False
+    parts: 'Parts | None' = None
 
     @property
     def num_routes(self) -> int:
         """K, the number of routes, each with its own projections and A, D, dt parameters."""
         return self.gather.shape[0]
+
+
+class Parts(NamedTuple):
+    """A map whose positions K routes share out between them, as K maps of S·T positions (see :func:`split_map`).
+
+    Attributes:
+        routes: K routes that visit the positions of their own part in order.
+        writer: [L] int32; the step that writes each position of the map, counted over [S·T, K].
+    """
+
+    routes: Routes
+    writer: Tensor
+
+
+def _parts(gather: Tensor, merge: Tensor, num_positions: int) -> Parts:
+    num_routes, sequences, steps = gather.shape
+    order = torch.arange(merge.numel(), dtype=torch.int32, device=gather.device)
+    table = order[: sequences * steps].view(1, sequences, steps).repeat(num_routes, 1, 1)
+    written = merge.flatten(1).t().flatten()  # [S·T·K]
+    writer = order.new_empty(num_positions + 1)
+    writer.scatter_(0, torch.where(written < 0, num_positions, written).long(), order)  # the last takes the padding
+    return Parts(Routes(table, table, sequences * steps, True), writer[:num_positions])
 
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:
@@ -89,6 +116,14 @@ def _cascade_cols(pos: Tensor) -> Routes:
     return _cascade(pos.t())
 
 
+def _atrous(pos: Tensor) -> Routes:
+    height, width = pos.shape
+    pos = F.pad(pos, (0, width % 2, 0, height % 2), value=-1)
+    phases = (pos[::2, ::2], pos[1::2, ::2].t(), pos[::2, 1::2], pos[1::2, 1::2].t())
+    table = torch.stack([phase.reshape(-1) for phase in phases]).unsqueeze(1)  # [4, 1, T]
+    return Routes(table, table, height * width, False, parts=_parts(table, table, height * width))
+
+
 _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'cross': _cross,
     'unidi': _unidi,
@@ -98,6 +133,7 @@ _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'forward_backward': _forward_backward,
     'cascade_rows': _cascade_rows,
     'cascade_cols': _cascade_cols,
+    'atrous': _atrous,
 }
 
 
@@ -126,7 +162,9 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     reversed twice) and ``rotate`` (the map turned by 0, 90, 180 and 270 degrees) are the four scan modes of VMamba
     (arXiv 2401.10166); ``cascade_rows`` and ``cascade_cols`` are the two halves of its cascaded scan, one sequence a
     row or column. ``forward`` and ``forward_backward`` are the row-major order alone, and with its reverse (Vim, arXiv
-    2401.09417).
+    2401.09417). ``atrous`` is EfficientVMamba's scan with skipped positions (arXiv 2403.09977): each of four routes
+    visits one pixel of every 2x2 cell, (0, 0), (1, 0), (0, 1) or (1, 1), the second and the fourth column by column; at
+    an odd side the cells are padded.
 
     Args:
         name: One of :func:`route_names`.
@@ -192,7 +230,8 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
     mirrored = (
         complete and half > 0 and all(torch.equal(v[:half].flatten(1).flip(1), v[half:].flatten(1)) for v in tables)
     )
-    return Routes(*tables, num_positions, complete, mirrored)
+    shared_out = all(bool((v[v >= 0].bincount(minlength=num_positions) == 1).all()) for v in tables)
+    return Routes(*tables, num_positions, complete, mirrored, _parts(*tables, num_positions) if shared_out else None)
 
 
 def gather_routes(x: Tensor, routes: Routes) -> Tensor:
@@ -235,3 +274,33 @@ def merge_routes(y: Tensor, routes: Routes, reduce: bool = True) -> Tensor:
     index = index.clamp(min=0)[None, :, :, None].expand(y.shape)
     out = y.new_zeros(y.shape[0], y.shape[1], routes.num_positions, y.shape[3]).scatter_add(2, index, y)
     return out.sum(1) if reduce else out.transpose(1, 2)
+
+
+def split_map(x: Tensor, routes: Routes) -> Tensor:
+    """The part of each route, in its order, of a map that the routes share out (those with ``parts``).
+
+    Args:
+        x: [B, L, D].
+        routes: K routes over L positions.
+
+    Returns:
+        [B, S·T, K, D]; zeros where a route is padded.
+    """
+    index = routes.gather.flatten(1).t().flatten()
+    out = x.index_select(1, index.clamp(min=0))
+    if torch.compiler.is_compiling() or len(index) > routes.num_positions:  # compiled code is for any size
+        out = out.masked_fill((index < 0).unsqueeze(-1), 0.0)
+    return out.unflatten(1, (-1, routes.num_routes))
+
+
+def join_map(y: Tensor, routes: Routes) -> Tensor:
+    """The map of which each route has a part: the inverse of :func:`split_map`, by the routes' ``merge`` table.
+
+    Args:
+        y: [B, S·T, K, D].
+        routes: K routes over L positions.
+
+    Returns:
+        [B, L, D].
+    """
+    return y.flatten(1, 2).index_select(1, routes.parts.writer)

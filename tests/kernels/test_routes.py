@@ -4,9 +4,20 @@ import pytest
 import torch
 from golden import golden
 
-from vmzoo_kernels import gather_routes, get_routes, merge_routes, route_names, routes_from_table
+from vmzoo_kernels import (
+    gather_routes,
+    get_routes,
+    join_map,
+    merge_routes,
+    route_names,
+    routes_from_table,
+    split_map,
+)
 
 MODES = {'cross2d': 'cross', 'unidi': 'unidi', 'bidi': 'bidi', 'rot': 'rotate'}
+SHARED_OUT = ['atrous']  # each position belongs to one route
+WHOLE = [name for name in route_names() if name not in SHARED_OUT]
+SIZES = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (8, 31), (33, 56)]
 FIXTURES = sorted(f'ops/{path.stem}' for path in (golden.DIR / 'ops').glob('cross_scan*.npz'))
 
 
@@ -42,8 +53,8 @@ def test_matches_published_scan_and_merge(name):
         assert golden.error(value.numpy(force=True), want[key]) < 1e-6, key
 
 
-@pytest.mark.parametrize('name', route_names())
-@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (8, 31), (33, 56)], ids=str)
+@pytest.mark.parametrize('name', WHOLE)
+@pytest.mark.parametrize('size', SIZES, ids=str)
 def test_every_route_visits_every_position_once(name, size):
     routes = get_routes(name, *size)
     length = size[0] * size[1]
@@ -53,13 +64,49 @@ def test_every_route_visits_every_position_once(name, size):
     assert routes.complete and routes.num_positions == length
 
 
-@pytest.mark.parametrize('name', [n for n in route_names() if not n.startswith('cascade')])
+@pytest.mark.parametrize('name', [n for n in WHOLE if not n.startswith('cascade')])
 def test_merge_undoes_gather(name):
     routes = get_routes(name, 5, 7)
     x = torch.randn(2, 35, 3)
     each = merge_routes(gather_routes(x, routes), routes, reduce=False)
     assert torch.equal(each, x.unsqueeze(2).expand_as(each))
     torch.testing.assert_close(merge_routes(gather_routes(x, routes), routes), routes.num_routes * x)
+
+
+@pytest.mark.parametrize('name', SHARED_OUT)
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_routes_that_share_a_map_out(name, size):
+    routes = get_routes(name, *size)
+    length = size[0] * size[1]
+    for table in (routes.gather, routes.merge):
+        assert table.dtype == torch.int32
+        assert torch.equal(table[table >= 0].sort().values, torch.arange(length, dtype=torch.int32))
+    assert not routes.complete and routes.num_positions == length
+    checked = routes_from_table(routes.gather, length, routes.merge)
+    assert torch.equal(checked.parts.writer, routes.parts.writer)
+    assert torch.equal(checked.parts.routes.gather, routes.parts.routes.gather)
+    x = torch.randn(2, length, 3)
+    parts = split_map(x, routes)
+    assert torch.equal(parts.transpose(1, 2), gather_routes(x, routes).flatten(2, 3))
+    assert torch.equal(join_map(parts, routes), x)
+
+
+def test_atrous_visits_a_phase_of_the_map_along_each_route():
+    even = get_routes('atrous', 4, 4)  # rows 0 1 2 3 / 4 5 6 7 / 8 9 10 11 / 12 13 14 15
+    assert even.gather[:, 0].tolist() == [[0, 2, 8, 10], [4, 12, 6, 14], [1, 3, 9, 11], [5, 13, 7, 15]]
+    odd = get_routes('atrous', 3, 3)  # rows 0 1 2 / 3 4 5 / 6 7 8, padded to 4x4
+    assert odd.gather[:, 0].tolist() == [[0, 2, 6, 8], [3, -1, 5, -1], [1, -1, 7, -1], [4, -1, -1, -1]]
+
+
+def test_parts_of_a_table_that_writes_elsewhere_than_it_reads():
+    gather = torch.tensor([[[3, 1], [0, -1]], [[2, 4], [-1, -1]]])
+    merge = torch.tensor([[[1, 3], [-1, 4]], [[0, -1], [2, -1]]])
+    routes = routes_from_table(gather, 5, merge)
+    assert routes.parts.routes.complete
+    y = torch.randn(2, 2, 2, 2, 3)  # [B, K, S, T, D]
+    assert torch.equal(join_map(y.flatten(2, 3).transpose(1, 2), routes), merge_routes(y, routes))
+    assert routes_from_table(gather[:, :1], 5, merge[:, :1]).parts is None
+    assert routes_from_table(torch.tensor([[0, 1], [1, 0]]), 2).parts is None
 
 
 def test_cascade_leaves_the_second_direction_flipped():

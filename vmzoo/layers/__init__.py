@@ -13,7 +13,7 @@ from .patch import (
     to_channels_first,
     to_channels_last,
 )
-from .ss2d import SS2D, SSD2D
+from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 from .vss import VSSBlock
 
@@ -38,6 +38,7 @@ __all__ = [
     'init_dt_bias_',
     'init_dt_weight_',
     'linear',
+    'scan_names',
     'to_channels_first',
     'to_channels_last',
 ]

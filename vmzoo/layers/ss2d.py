@@ -4,33 +4,28 @@ Both work on channels-last maps [B, H, W, C]. The projections to step sizes, B a
 matrix product on the map itself, before any reordering; the routes exist only inside the fused scan.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmzoo_kernels import Routes, get_routes, route_scan
+from vmzoo_kernels import Routes, get_routes, join_map, route_names, route_scan, split_map
 from vmzoo_kernels.layer_norm import layer_norm
 
 from .linear import Linear, linear
 from .norm import LayerNorm
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 
-ScanName = Literal['cross', 'unidi', 'bidi', 'rotate', 'cascade']
-# Each scan is one or more passes over the map; a pass takes the next num_routes sets of parameters.
-_PASSES: dict[str, tuple[str, ...]] = {
-    'cross': ('cross',),
-    'unidi': ('unidi',),
-    'bidi': ('bidi',),
-    'rotate': ('rotate',),
-    'cascade': ('cascade_rows', 'cascade_cols'),
-}
-_NUM_ROUTES = 4
+# Scans that are more than one pass over the map, each along the next routes and with the next sets of parameters.
+_PASSES = {'cascade': ('cascade_rows', 'cascade_cols')}
+
+
+def scan_names() -> list[str]:
+    """Scans that the mixers know: every named set of routes (`vmzoo_kernels.get_routes`), and 'cascade'."""
+    return sorted({*route_names(), *_PASSES})
 
 
 class SS2D(nn.Module):
-    """2D selective scan (S6) along four routes, each with its own projections; the outputs are summed.
+    """2D selective scan (S6) along K routes, each with its own projections; the outputs are summed.
 
     in_proj -> depthwise conv -> activation -> scan -> norm -> (gate) -> out_proj. Inner width D is
     `int(ssm_ratio * dim)`; parameter names and shapes are those of the published checkpoints.
@@ -47,8 +42,9 @@ class SS2D(nn.Module):
         gate_act: Put that projection through `act_layer` first.
         out_norm: LayerNorm on the scan's output.
         out_act_layer: Activation after that norm.
-        scan: Order in which the map is visited. 'cross' is the published one; 'unidi', 'bidi' and 'rotate' are its
-            ablations; 'cascade' scans rows, then columns of the result.
+        scan: Order in which the map is visited, one of `scan_names()`. 'cross' is VMamba's; 'unidi', 'bidi' and
+            'rotate' are its ablations, all of four routes; 'cascade' scans rows, then columns of the result; 'atrous'
+            gives each of four routes a quarter of the map.
 
     Raises:
         ValueError: Unknown scan, an even kernel, or an inner width or state size below one.
@@ -67,19 +63,21 @@ class SS2D(nn.Module):
         gate_act: bool = True,
         out_norm: bool = True,
         out_act_layer: type[nn.Module] | None = None,
-        scan: ScanName = 'cross',
+        scan: str = 'cross',
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if scan not in _PASSES:
-            raise ValueError(f'Unknown scan {scan!r}; choose from {", ".join(_PASSES)}.')
+        if scan not in scan_names():
+            raise ValueError(f'Unknown scan {scan!r}; choose from {", ".join(scan_names())}.')
         if kernel_size and kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, or 0 for no convolution, got {kernel_size}.')
         if d_state < 1:
             raise ValueError(f'd_state must be at least 1, got {d_state}.')
         self.scan = scan
+        self.passes = _PASSES.get(scan, (scan,))
+        self.num_routes = sum(get_routes(name, 1, 1).num_routes for name in self.passes)
         self.d_state = d_state
         self.dt_rank = auto_dt_rank(dim, dt_rank)
         self.d_inner = d_inner = int(ssm_ratio * dim)
@@ -101,7 +99,7 @@ class SS2D(nn.Module):
         self.reset_parameters()
 
     def _build_scan_parameters(self, dd: dict) -> None:
-        k, d, n, r = _NUM_ROUTES, self.d_inner, self.d_state, self.dt_rank
+        k, d, n, r = self.num_routes, self.d_inner, self.d_state, self.dt_rank
         self.x_proj_weight = nn.Parameter(torch.empty(k, r + 2 * n, d, **dd))
         self.dt_projs_weight = nn.Parameter(torch.empty(k, d, r, **dd))
         self.dt_projs_bias = nn.Parameter(torch.empty(k, d, **dd))
@@ -119,14 +117,14 @@ class SS2D(nn.Module):
 
     def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A [K, D, N], D [K, D], dt_weight [K, D, R] and dt_bias [K, D]; all but dt_weight in at least float32."""
-        k, dtype = _NUM_ROUTES, compute_dtype(self.A_logs.dtype)
+        k, dtype = self.num_routes, compute_dtype(self.A_logs.dtype)
         A = -torch.exp(self.A_logs.to(dtype)).unflatten(0, (k, -1))
         return A, self.Ds.to(dtype).unflatten(0, (k, -1)), self.dt_projs_weight, self.dt_projs_bias.to(dtype)
 
     def _scan_map(self, x: Tensor, height: int, width: int) -> Tensor:
         # x [B, L, D] -> [B, L, D], float32 for float16 input: the sum over routes overflows float16
         out_dtype = torch.float32 if x.dtype == torch.float16 else None
-        routes = [get_routes(name, height, width, device=x.device) for name in _PASSES[self.scan]]
+        routes = [get_routes(name, height, width, device=x.device) for name in self.passes]
         parameters = (self.x_proj_weight, *self.scan_parameters())
         if len(routes) == 1:
             return self._scan_pass(x, routes[0], *parameters, out_dtype=out_dtype)
@@ -151,8 +149,15 @@ class SS2D(nn.Module):
         beyond = -x_proj_weight.shape[1] % 8
         if x.is_cuda and beyond:  # rows of a multiple of 16 bytes
             x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, beyond))
+        parameters = (A, D, dt_weight, dt_bias)
+        if routes.parts is not None:
+            x = split_map(x, routes)  # [B, L', K, D]
+            x_dbl = torch.bmm(x.flatten(0, 1).transpose(0, 1), x_proj_weight.mT)  # [K, B * L', >= R + 2N]
+            x_dbl = x_dbl.transpose(0, 1).unflatten(0, x.shape[:2])
+            y = route_scan(x, x_dbl, *parameters, routes.parts.routes, merge=False, out_dtype=out_dtype)
+            return join_map(y, routes)
         x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, >= R + 2N]
-        return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, out_dtype=out_dtype)
+        return route_scan(x, x_dbl, *parameters, routes, out_dtype=out_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map [B, H, W, C] of any size into one of the same shape."""
@@ -179,7 +184,7 @@ class SSD2D(SS2D):
     """
 
     def _build_scan_parameters(self, dd: dict) -> None:
-        k, d, n, r = _NUM_ROUTES, self.d_inner, self.d_state, self.dt_rank
+        k, d, n, r = self.num_routes, self.d_inner, self.d_state, self.dt_rank
         if d % r:
             raise ValueError(f'The inner width {d} must be a multiple of the number of heads (dt_rank) {r}.')
         self.x_proj_weight = nn.Parameter(torch.empty(k, r + 2 * n, d, **dd))
@@ -204,6 +209,6 @@ class SSD2D(SS2D):
         return (
             A.unsqueeze(-1).expand(-1, -1, self.d_state),
             self.Ds.to(dtype).flatten(1),
-            head.expand(_NUM_ROUTES, -1, -1),
+            head.expand(self.num_routes, -1, -1),
             dt_bias,
         )

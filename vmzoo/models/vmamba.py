@@ -122,7 +122,7 @@ class VMamba(nn.Module):
         gate_act: Put that projection through `act_layer`.
         out_norm: LayerNorm on the scan's output.
         out_act_layer: Activation after that norm.
-        scan: Order of the scan: 'cross', 'unidi', 'bidi', 'rotate' or 'cascade'.
+        scan: Order of the scan, one of `vmzoo.layers.scan_names()`.
         mlp_ratio: Hidden width of the MLPs over that of the block; 0 for none.
         mlp_act_layer: Activation of the MLPs.
         stem: 'conv' (two overlapping convolutions) or 'patch' (one that does not overlap).
