@@ -20,11 +20,9 @@ are exempt from weight decay.
 
 import re
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_act_layer, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import calculate_drop_path_rates, get_act_layer
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import (
@@ -32,13 +30,12 @@ from ..layers import (
     SSD2D,
     ConvDownsample,
     ConvStem,
-    NormPoolHead,
     PatchMerging,
     PatchStem,
     VSSBlock,
-    check_images,
 )
 from ._builder import build_model
+from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ['VMamba']
 
@@ -58,49 +55,7 @@ def _choose(option: str, name: str, choices: dict):
     return choices[name]
 
 
-class VMambaStage(nn.Module):
-    """Blocks at one resolution, then the downsampling to the next (none after the last stage).
-
-    Args:
-        dim: Channels of the blocks.
-        out_dim: Channels after downsampling; None for no downsampling.
-        downsample: Name of the downsampling.
-        drop_path: Stochastic depth rate of each block; their number is the depth.
-        block_kwargs: Arguments of every block.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int | None,
-        downsample: str,
-        drop_path: list[float],
-        block_kwargs: dict,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(*[VSSBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path])
-        if out_dim is None:
-            self.downsample = nn.Identity()
-        else:
-            layer, kwargs = _choose('downsample', downsample, _DOWNSAMPLES)
-            self.downsample = layer(dim, out_dim, **kwargs, **dd)
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H', W', C']."""
-        return self.downsample(self.forward_blocks(x))
-
-
-class VMamba(nn.Module):
+class VMamba(HierarchicalBackbone):
     """VMamba backbone and classifier. Takes images [B, in_chans, H, W] of any size from `min_input_size` on.
 
     Args:
@@ -165,7 +120,6 @@ class VMamba(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if isinstance(embed_dim, int):
             embed_dim = tuple(embed_dim * 2**i for i in range(len(depths)))
@@ -173,13 +127,6 @@ class VMamba(nn.Module):
             raise ValueError(
                 f'embed_dim {tuple(embed_dim)} and depths {tuple(depths)} differ in their number of stages.'
             )
-        stride = patch_size * 2 ** (len(depths) - 1)
-        if output_stride not in (None, stride):
-            raise ValueError(f'output_stride must be {stride} here, got {output_stride}: a scan cannot be dilated.')
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = embed_dim[-1]
-
         block_kwargs = {
             'mixer_layer': _choose('mixer', mixer, _MIXERS),
             'mlp_ratio': mlp_ratio,
@@ -195,164 +142,20 @@ class VMamba(nn.Module):
             'out_norm': out_norm,
             'out_act_layer': get_act_layer(out_act_layer),
             'scan': scan,
+            **dd,
         }
-        self.patch_embed = _choose('stem', stem, _STEMS)(in_chans, embed_dim[0], patch_size, **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        self.layers = nn.ModuleList()
-        self.feature_info = []
-        for i, (dim, out_dim) in enumerate(zip(embed_dim, (*embed_dim[1:], None))):
-            self.layers.append(VMambaStage(dim, out_dim, downsample, drop_path[i], block_kwargs, **dd))
-            self.feature_info.append({'num_chs': dim, 'reduction': patch_size * 2**i, 'module': f'layers.{i}.blocks'})
-        self.classifier = NormPoolHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
-        self.head_hidden_size = self.classifier.num_features
+        downsample_layer, downsample_kwargs = _choose('downsample', downsample, _DOWNSAMPLES)
+        stem = _choose('stem', stem, _STEMS)(in_chans, embed_dim[0], patch_size, **dd)
+        stages = []
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
+            blocks = [VSSBlock(embed_dim[i], drop_path=rate, **block_kwargs) for rate in rates]
+            is_last = i == len(depths) - 1
+            down = None if is_last else downsample_layer(*embed_dim[i : i + 2], **downsample_kwargs, **dd)
+            stages.append(Stage(blocks, down))
+        super().__init__(
+            stem, stages, embed_dim, in_chans, num_classes, global_pool, patch_size, drop_rate, output_stride, **dd
+        )
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise every parameter; `needs_reset` also those that constructors have initialised (`to_empty()`)."""
-
-        def init(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif needs_reset and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
-
-        self.apply(init)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the scan is sensitive to."""
-        return {name for name, _ in self.named_parameters() if name.endswith(('.A_logs', '.Ds', '.dt_projs_bias'))}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups, from the stem on, for layer-wise learning rates."""
-        if coarse:
-            return {'stem': r'^patch_embed', 'blocks': r'^layers\.(\d+)'}
-        return {
-            'stem': r'^patch_embed',
-            'blocks': [
-                (r'^layers\.(\d+)\.blocks\.(\d+)', None),
-                (r'^layers\.(\d+)\.downsample', (99999,)),  # joins the last block of its stage
-                (r'^classifier\.norm', (99999,)),
-            ],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of storing its activations."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.classifier.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; `global_pool` None keeps the pooling."""
-        self.classifier.reset(num_classes, global_pool, **get_device_dtype(self))
-        self.num_classes = num_classes
-        self.head_hidden_size = self.classifier.num_features
-
-    @property
-    def min_input_size(self) -> int:
-        """Smallest image side that leaves at least one position in the last stage."""
-        size = 1
-        for stage in reversed(self.layers):
-            if not isinstance(stage.downsample, nn.Identity):
-                size = stage.downsample.min_input(size)
-        return self.patch_embed.min_input(size)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_chans)
-        height, width = x.shape[-2:]
-        if min(height, width) < self.min_input_size:
-            raise ValueError(
-                f'The image is {height}x{width}, but this model reduces it {self.feature_info[-1]["reduction"]} times '
-                f'and needs at least {self.min_input_size} pixels a side: resize or pad it.'
-            )
-        return self.patch_embed(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of the image, and of chosen stages before their downsampling.
-
-        Args:
-            x: Image [B, in_chans, H, W].
-            indices: Stages to return: the last n if an integer, all if None.
-            norm: Apply the final norm to the last stage's features, the only ones it fits.
-            stop_early: Do not compute what follows the last of these stages.
-            output_fmt: Layout of the stage features, 'NCHW' or 'NHWC'.
-            intermediates_only: Return only the stage features.
-
-        Returns:
-            The list of stage features, preceded by the final features [B, C, H, W] unless `intermediates_only`.
-        """
-        if output_fmt not in ('NCHW', 'NHWC'):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        last = max_index if stop_early else len(self.layers) - 1
-        intermediates = []
-        x = self._embed(x)
-        for i, stage in enumerate(self.layers[: last + 1]):
-            x = stage.forward_blocks(x)
-            if i in take_indices:
-                is_final = i == len(self.layers) - 1
-                intermediates.append(self.classifier.norm(x) if norm and is_final else x)
-            if i < last:
-                x = stage.downsample(x)
-        if output_fmt == 'NCHW':
-            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
-        if intermediates_only:
-            return intermediates
-        if last == len(self.layers) - 1:
-            x = self.classifier.norm(x)
-        return x.permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove what the features of the given stages do not need; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        prune_end = max_index < len(self.layers) - 1
-        if prune_end:
-            self.layers = self.layers[: max_index + 1]
-            self.layers[-1].downsample = nn.Identity()
-            self.feature_info = self.feature_info[: max_index + 1]
-            self.num_features = self.classifier.in_features = self.feature_info[-1]['num_chs']
-        if prune_norm or prune_end:
-            self.classifier.norm = nn.Identity()
-        if prune_head or prune_end:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] -> normed features [B, C, H', W']."""
-        x = self._embed(x)
-        for stage in self.layers:
-            x = stage(x)
-        return self.classifier.norm(x).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B, C, H', W'] -> logits [B, num_classes], or pooled features if `pre_logits`."""
-        return self.classifier(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] -> logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
 
 
 _RENAMES = [
