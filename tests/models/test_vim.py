@@ -12,9 +12,10 @@ from golden import golden
 from timm.layers import DropPath
 
 import vmzoo
+from vmzoo.layers.mamba import MambaMixer, causal_conv
 from vmzoo.layers.rope import apply_rope, rope_tables
-from vmzoo.layers.tokens import class_token_index, resize_pos_embed
-from vmzoo.models.vim import BidirectionalMamba, VisionMamba, VisionMambaPyramid, checkpoint_filter_fn
+from vmzoo.layers.tokens import class_token_places, resize_pos_embed
+from vmzoo.models.vim import VisionMamba, VisionMambaPyramid, checkpoint_filter_fn
 
 TINY = {'img_size': 64, 'depth': 2, 'embed_dim': 32, 'd_state': 4, 'num_classes': 5}
 
@@ -105,7 +106,7 @@ def test_wrong_image_size_is_named():
 @pytest.mark.parametrize(('size', 'index'), [((224, 224), 98), ((80, 80), 12), ((16, 16), 0), ((48, 64), 6)])
 def test_class_token_stands_in_the_middle(size, index):
     model = tiny(img_size=size, depth=1)
-    assert class_token_index(model.class_token, model.patch_embed.num_patches) == index
+    assert model.token_places(model.patch_embed.num_patches) == (index,)
     seen = []
     model.layers[0].norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(1, 3, *size))
@@ -158,9 +159,9 @@ def test_checkpoint_of_a_non_square_grid_is_not_guessed():
 
 def test_directions_mirror_each_other():
     """With the two parameter sets exchanged, the reversed sequence gives the reversed output."""
-    mixer = BidirectionalMamba(16, d_state=4).double()
+    mixer = MambaMixer(16, d_state=4).double()
     mixer.dt_proj_b.bias.data.normal_()
-    mirrored = BidirectionalMamba(16, d_state=4).double()
+    mirrored = MambaMixer(16, d_state=4).double()
     swap = {'A_log': 'A_b_log', 'D': 'D_b', 'conv1d': 'conv1d_b', 'x_proj': 'x_proj_b', 'dt_proj': 'dt_proj_b'}
     swap |= {b: a for a, b in swap.items()}
     state = mixer.state_dict()
@@ -171,10 +172,10 @@ def test_directions_mirror_each_other():
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_convolution_is_causal_in_its_direction(reverse):
-    mixer = BidirectionalMamba(16, d_state=4)
+    mixer = MambaMixer(16, d_state=4)
     conv = mixer.conv1d_b if reverse else mixer.conv1d
     x = torch.randn(2, 9, 32)
-    got = mixer._causal_conv(x, conv, reverse)
+    got = causal_conv(x, conv, reverse)
     sequence = x.flip(1) if reverse else x
     want = F.conv1d(F.pad(sequence.transpose(1, 2), (3, 0)), conv.weight, conv.bias, groups=32).transpose(1, 2)
     torch.testing.assert_close(got, want.flip(1) if reverse else want)
@@ -244,7 +245,7 @@ def test_rope_leaves_the_class_token_alone(class_token):
     seen = []
     model.layers[0].norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(1, 3, 64, 64))
-    index = class_token_index(class_token, 16)
+    (index,) = class_token_places(class_token, 16)
     torch.testing.assert_close(seen[0][:, index], model.cls_token[:, 0] + model.pos_embed[:, index])
 
 

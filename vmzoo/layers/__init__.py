@@ -1,7 +1,8 @@
 """Blocks that two or more model families share."""
 
 from .head import NormPoolHead
-from .linear import Linear, Mlp, linear
+from .linear import Linear, Mlp, SwiGlu, linear
+from .mamba import MambaMixer, TokenPaths, VimBlock
 from .norm import LayerNorm, RMSNorm
 from .patch import (
     ConvDownsample,
@@ -9,10 +10,12 @@ from .patch import (
     PatchMerging,
     PatchStem,
     Permute,
+    StridedPatchEmbed,
     check_images,
     to_channels_first,
     to_channels_last,
 )
+from .shuffle import LayerwiseShuffle
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 from .vss import VSSBlock
@@ -23,14 +26,20 @@ __all__ = [
     'ConvDownsample',
     'ConvStem',
     'LayerNorm',
+    'LayerwiseShuffle',
     'Linear',
+    'MambaMixer',
     'Mlp',
     'NormPoolHead',
     'PatchMerging',
     'PatchStem',
     'Permute',
     'RMSNorm',
+    'StridedPatchEmbed',
+    'SwiGlu',
+    'TokenPaths',
     'VSSBlock',
+    'VimBlock',
     'auto_dt_rank',
     'check_images',
     'compute_dtype',

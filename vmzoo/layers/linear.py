@@ -74,3 +74,23 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP on the last dimension, `w3(silu(w1 x) * w2 x)` (https://arxiv.org/abs/2002.05202).
+
+    Args:
+        dim: Channels of input and output.
+        hidden_dim: Channels between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.w1 = Linear(dim, hidden_dim, **dd)
+        self.w2 = Linear(dim, hidden_dim, **dd)
+        self.w3 = Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))

@@ -4,6 +4,8 @@ Sequential indices, and so parameter names, are those of the published VMamba ch
 """
 
 import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .linear import Linear
@@ -132,9 +134,89 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         if self.odd == 'pad':
-            x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         else:
             x = x[:, : height - height % 2, : width - width % 2]
         # order of the phases (row, column): (0, 0), (1, 0), (0, 1), (1, 1)
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
         return self.reduction(self.norm(x))
+
+
+class StridedPatchEmbed(nn.Module):
+    """Image to tokens by one convolution; patches overlap where the stride is below their size.
+
+    Args:
+        img_size: Image size expected; sets `grid_size`.
+        patch_size: Side of a patch.
+        stride: Step between patches.
+        in_chans: Image channels.
+        embed_dim: Token channels.
+        strict_img_size: Refuse images of another size.
+        pad: Fill images with zeros at the bottom and right, so that a patch starts at every `stride` pixels; otherwise
+            what fills no patch is left out.
+        bias: Whether the convolution has one.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        strict_img_size: bool = True,
+        pad: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.stride = to_2tuple(stride)
+        self.strict_img_size = strict_img_size
+        self.pad = pad
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, device=device, dtype=dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Set the image size expected."""
+        img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.img_size = img_size
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels between neighbouring tokens."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of `img_size`."""
+        if self.pad:
+            rows, cols = (-(-size // step) for size, step in zip(img_size, self.stride))
+            return rows, cols
+        if any(size < patch for size, patch in zip(img_size, self.patch_size)):
+            raise ValueError(
+                f'An image of {img_size[0]}x{img_size[1]} holds no patch of {self.patch_size[0]}x{self.patch_size[1]}; '
+                'resize or pad it.'
+            )
+        rows, cols = ((s - p) // step + 1 for s, p, step in zip(img_size, self.patch_size, self.stride))
+        return rows, cols
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, in_chans, H, W] -> tokens [B, M, D] in row-major order, and the grid they form."""
+        check_images(x, self.proj.in_channels)
+        img_size = tuple(x.shape[-2:])
+        if self.strict_img_size and img_size != self.img_size:
+            raise ValueError(
+                f'The model is built for images of {self.img_size[0]}x{self.img_size[1]}, got '
+                f'{img_size[0]}x{img_size[1]}. Resize the images, call set_input_size(), or create the model with '
+                'img_size=... or dynamic_img_size=True.'
+            )
+        grid = self.dynamic_feat_size(img_size)
+        if self.pad:
+            rows, cols = (
+                max((n - 1) * step + patch - size, 0)
+                for n, step, patch, size in zip(grid, self.stride, self.patch_size, img_size)
+            )
+            x = F.pad(x, (0, cols, 0, rows))
+        return self.proj(x).flatten(2).transpose(1, 2), grid
