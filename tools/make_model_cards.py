@@ -13,7 +13,7 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg, model_entrypoint
 
 from vmzoo.models._registry import ModelSummary, as_record, default_cfgs_of, list_architectures, summarize
-from vmzoo.weights import published_weights
+from vmzoo.weights import PublishedWeight, published_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARIES = 'vmzoo/models/summaries.json'
@@ -34,6 +34,23 @@ checkpoint's.
 
 **Licence of the weights: unclear.** Their model cards are tagged apache-2.0, but the text says "Non-commercial
 license". Ask the authors before commercial use. The code here is Apache-2.0.""",
+    'mambaout': """
+Mamba blocks without the scan: gated CNN blocks, the baseline that shows what a scan adds. The models are timm's own,
+listed here and not registered again; `mambaout_*_rw` are variants that timm trained, not the paper's.
+`features_only=True` returns maps [B, H, W, C]; `forward_intermediates(x, output_fmt='NCHW')` gives [B, C, H, W].
+
+`mambaout_femto` is stated with 1.2 G multiply-accumulates, where products and convolutions are 1.148 G. With the 5 that
+some counters add for every value of a norm they are 1.156 G, which is 1.2 G in two digits.""",
+    'efficientvim': """
+Fast models of few tokens (the stem reduces 16 times): a mixer averages the tokens into a few hidden states, mixes
+channels there, and hands them back. It is the dual of a scan without order, so nothing is scanned. The classifier fuses
+the hidden states of three stages with the last map; `efficientvim_*_dist` have a second one, trained by distillation,
+and return the mean of both. The models are timm's own, listed here and not registered again. They amplify rounding:
+compare them in float64.
+
+The authors' files hold two sets of weights. The averaged ones (`model_ema`) are loaded: theirs are the stated
+accuracies. A dense backbone's checkpoint, as in a detector's file, fits the model inside `features_only=True`:
+`vmzoo.convert_state_dict(state_dict, features.model)`.""",
 }
 
 
@@ -53,7 +70,7 @@ def build() -> dict[str, str]:
 
 
 def _card(family: str, summaries: list[ModelSummary]) -> str:
-    cfg = get_pretrained_cfg(summaries[0].name)
+    cfg = next(iter(default_cfgs_of(summaries[0].name).values()))
     weights = [weight for weight in published_weights() if weight.name.partition('.')[0] in {s.name for s in summaries}]
     source = inspect.getmodule(model_entrypoint(summaries[0].name))
     lines = [
@@ -83,12 +100,12 @@ def _card(family: str, summaries: list[ModelSummary]) -> str:
         '| --- | ---: | ---: | --- | --- | --- |',
         *(
             f'| `{w.name}` | {w.metrics.get("imagenet1k_top1", "-")} | {w.metrics.get("imagenet1k_top5", "-")} '
-            f'| {w.license} | [{w.url.rpartition("/")[2]}]({w.url}) | {w.sha256 or "not recorded"} |'
+            f'| {w.license} | [{_file_name(w.url)}]({w.url}) | {w.sha256 or "not recorded"} |'
             for w in weights
         ),
         '',
-        'Accuracies are those that the authors state, on ImageNet-1k, in percent. The weights are downloaded from the '
-        'authors, not re-hosted here. "Not recorded": the download is not compared with a digest.',
+        f'Accuracies are those that the authors state, on ImageNet-1k, in percent. {_origin(weights)} "Not recorded": '
+        'the download is not compared with a digest.',
         '',
         '## Preprocessing',
         '',
@@ -98,6 +115,19 @@ def _card(family: str, summaries: list[ModelSummary]) -> str:
         '',
     ]
     return '\n'.join(lines)
+
+
+def _origin(weights: list[PublishedWeight]) -> str:
+    if any(weight.hub_id for weight in weights):
+        return (
+            '`pretrained=True` takes converted copies of the weights from the Hugging Face hub (`timm/<model.tag>`); '
+            "the authors' own files load through `vmzoo.weights.load_checkpoint`."
+        )
+    return 'The weights are downloaded from the authors, not re-hosted here.'
+
+
+def _file_name(url: str) -> str:
+    return 'Google Drive' if url.startswith('https://drive.google.com/') else url.rpartition('/')[2]
 
 
 def _preprocessing(name: str) -> str:

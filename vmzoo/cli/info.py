@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         top1 = weight.metrics.get('imagenet1k_top1')
         accuracy = f'ImageNet-1k top-1 {top1} %, as published; ' if top1 else ''
         checked = f'SHA-256 {weight.sha256}' if weight.sha256 else 'no digest recorded'
-        fields.append((f'weights {weight.name.partition(".")[2]}', f'{weight.url} ({accuracy}{checked})'))
+        copy = f'; pretrained=True takes the copy hf-hub:{weight.hub_id}' if weight.hub_id else ''
+        fields.append((f'weights {weight.name.partition(".")[2]}', f'{weight.url} ({accuracy}{checked}{copy})'))
     if not weights:
         fields.append(('weights', 'none published'))
     print_fields(name, fields)

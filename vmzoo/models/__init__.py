@@ -1,6 +1,7 @@
-"""Model families, one file each. Importing this package registers their models with timm."""
+"""Model families, one file each. Importing this package registers their models with timm, which has some itself."""
 
+from . import efficientvim, mambaout
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 
-__all__ = ['VMamba', 'VisionMamba', 'VisionMambaPyramid']
+__all__ = ['VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']

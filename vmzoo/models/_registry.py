@@ -1,9 +1,15 @@
-"""Which of timm's registered models are ours, and what is known of each without building it."""
+"""Which of timm's registered models are the zoo's, and what is known of each without building it.
+
+A family is a file in `vmzoo.models`. Most register their models; those that timm itself has list timm's models in
+`timm_cfgs`, by name and tag, each with the entries that timm's cfg lacks. Registering them again would replace timm's.
+"""
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,11 +48,24 @@ def list_architectures(family: str | None = None) -> list[str]:
 
 
 def family_of(name: str) -> str | None:
-    """Returns the family of a registered name: the file in `vmzoo.models` that defines it; None if it is not ours."""
+    """Returns the family of a registered name, which is the name of its file in `vmzoo.models`; None if it has none."""
     if not is_model(name):
         return None
-    package, _, module = model_entrypoint(name).__module__.rpartition('.')
-    return module if package == __package__ else None
+    module = family_module(model_entrypoint(name).__module__)
+    if module is None or name not in {tagged.partition('.')[0] for tagged in _timm_cfgs(module) or (name,)}:
+        return None
+    return module.__name__.rpartition('.')[2]
+
+
+def family_module(defining: str) -> ModuleType | None:
+    """Returns the family's file for the name of a module that defines models: the same, or timm's of the same name."""
+    package, _, family = defining.rpartition('.')
+    module = sys.modules.get(f'{__package__}.{family}')
+    return module if package == __package__ or (package == 'timm.models' and _timm_cfgs(module)) else None
+
+
+def _timm_cfgs(module: ModuleType | None) -> dict[str, dict[str, Any]]:
+    return getattr(module, 'timm_cfgs', {})
 
 
 def default_cfgs_of(name: str) -> dict[str, PretrainedCfg]:
@@ -54,6 +73,8 @@ def default_cfgs_of(name: str) -> dict[str, PretrainedCfg]:
     tags = [tagged.partition('.')[2] for tagged in list_models(f'{name}.*', include_tags=True)]
     default = get_pretrained_cfg(name)
     cfgs = {tag: get_pretrained_cfg(f'{name}.{tag}') for tag in tags} or {'': default}
+    more = _timm_cfgs(family_module(model_entrypoint(name).__module__))
+    cfgs = {tag: replace(cfg, **more.get(f'{name}.{tag}', {})) for tag, cfg in cfgs.items()}
     return dict(sorted(cfgs.items(), key=lambda item: item[1].tag != default.tag))
 
 

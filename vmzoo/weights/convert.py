@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from timm.models import adapt_input_conv, get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
-from vmzoo.models._registry import list_architectures
+from vmzoo.models._registry import family_module, list_architectures
 
 from .errors import CheckpointMismatch
 from .read import read_checkpoint
@@ -19,7 +19,8 @@ from .read import read_checkpoint
 _logger = logging.getLogger(__name__)
 
 # Where publishers put the weights. `model` comes first: it is what the stated accuracies were measured with; files that
-# hold only averaged weights have them under one of the last names.
+# hold only averaged weights have them under one of the last names. A family whose files hold both, and whose accuracies
+# are those of another one, names it in its file as PREFERRED_WRAPPER.
 WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'model_ema', 'state_dict_ema', 'ema_state_dict')
 # Modules that training wraps around the backbone: DDP, torch.compile, trainers, segmentors and detectors.
 PREFIXES = ('module.', '_orig_mod.', 'model.', 'backbone.')
@@ -66,9 +67,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> LoadRepor
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Turns a checkpoint of the model's family, in any published form, into one that `model` loads strictly.
 
-    It is taken out of its wrapper (`model` before `state_dict` before `model_ema`) and prefixes (`module.`,
-    `backbone.`), and its keys are mapped to ours. Two parts may differ, and a warning names them: a classifier for
-    another number of classes keeps the model's own weights, a stem for other input channels is adapted as timm does.
+    It is taken out of its wrapper (`model` before `state_dict` before `model_ema`, unless the family's stated
+    accuracies are those of its averaged weights) and prefixes (`module.`, `backbone.`), and its keys are mapped to
+    ours. Two parts may differ, and a warning names them: a classifier for another number of classes keeps the model's
+    own weights, a stem for other input channels is adapted as timm does.
 
     Args:
         state_dict: What `read_checkpoint` or `torch.load` returned.
@@ -86,7 +88,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
     """Does what `convert_state_dict` does, and returns the report beside the weights."""
     target = model.state_dict()
-    weights, source, ignored = _unwrap(state_dict, target)
+    weights, source, ignored = _unwrap(state_dict, target, (*_of_family(model, 'PREFERRED_WRAPPER'), *WRAPPERS))
     if not weights:
         raise CheckpointMismatch(f'no weights in it (its keys: {_some(map(str, state_dict))})')
     weights = _map_keys(weights, model)
@@ -103,9 +105,18 @@ def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, 
     return weights, report
 
 
-def _unwrap(state_dict: Mapping[str, Any], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
+def _of_family(model: nn.Module, name: str) -> list[Any]:
+    """What the files of the model's family (or timm's, for other models) call `name`, the class's own file first."""
+    defining = dict.fromkeys(cls.__module__ for cls in type(model).__mro__)
+    files = (family_module(module) or sys.modules.get(module) for module in defining)
+    return [getattr(file, name) for file in files if hasattr(file, name)]
+
+
+def _unwrap(
+    state_dict: Mapping[str, Any], target: dict[str, Tensor], wrappers: Sequence[str]
+) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     path = []
-    while name := next((w for w in WRAPPERS if isinstance(state_dict.get(w), Mapping) and state_dict[w]), None):
+    while name := next((w for w in wrappers if isinstance(state_dict.get(w), Mapping) and state_dict[w]), None):
         state_dict = state_dict[name]
         path.append(name)
     weights = {str(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
@@ -123,9 +134,8 @@ def _unwrap(state_dict: Mapping[str, Any], target: dict[str, Tensor]) -> tuple[d
 
 
 def _map_keys(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Applies the `checkpoint_filter_fn` of the module that defines the model's class, or a class it derives from."""
-    modules = (sys.modules.get(cls.__module__) for cls in type(model).__mro__)
-    filter_fn = next((fn for m in modules if (fn := getattr(m, 'checkpoint_filter_fn', None))), None)
+    """Applies the `checkpoint_filter_fn` of the model's family."""
+    filter_fn = next(iter(_of_family(model, 'checkpoint_filter_fn')), None)
     if filter_fn is None:
         return weights
     try:

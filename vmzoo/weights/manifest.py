@@ -22,6 +22,8 @@ class PublishedWeight:
 
     Attributes:
         name: `architecture.tag`.
+        url: The publisher's file, or the hub's page of it.
+        hub_id: Repository on the Hugging Face hub from which `pretrained=True` takes it instead, None if it is `url`.
         sha256: Digest in hexadecimal, None while unrecorded.
         size: Bytes, None while unrecorded.
         metrics: As published, in percent: `imagenet1k_top1`, `imagenet1k_top5`.
@@ -29,6 +31,7 @@ class PublishedWeight:
 
     name: str
     url: str
+    hub_id: str | None
     license: str
     sha256: str | None
     size: int | None
@@ -41,15 +44,16 @@ def _entries() -> dict[str, dict]:
 
 
 def published_weights() -> list[PublishedWeight]:
-    """Lists every weight that a registered vmzoo model can download."""
+    """Lists every weight that a model of the zoo can download."""
     from vmzoo.models._registry import default_cfgs_of, list_architectures
 
     weights = []
     for architecture in list_architectures():
         for tag, cfg in default_cfgs_of(architecture).items():
-            if cfg.url:
-                entry = {'sha256': None, 'size': None, 'metrics': {}} | _entries().get(cfg.url, {})
-                weights.append(PublishedWeight(f'{architecture}.{tag}', cfg.url, cfg.license, **entry))
+            if cfg.url or cfg.hf_hub_id:
+                url, hub_id = (cfg.url, cfg.hf_hub_id) if cfg.url else (f'https://huggingface.co/{cfg.hf_hub_id}', None)
+                entry = {'sha256': None, 'size': None, 'metrics': {}} | _entries().get(url, {})
+                weights.append(PublishedWeight(f'{architecture}.{tag}', url, hub_id, cfg.license, **entry))
     return weights
 
 
