@@ -74,7 +74,11 @@ def _warn_slow(reason: str) -> None:
 
 @torch.compiler.assume_constant_result
 def resolve_backend(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, unfit: str | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    unfit: str | None = None,
+    unfit_triton: str | None = None,
 ) -> str:
     """The backend that ``backend`` ('auto', 'torch', 'triton' or 'cuda') means for tensors of a dtype on a device.
 
@@ -87,6 +91,7 @@ def resolve_backend(
         device: Of the tensors.
         dtype: Of the tensors.
         unfit: Why the CUDA kernels do not take this scan; None if they do.
+        unfit_triton: The same of the Triton kernels.
 
     Raises:
         ValueError: Unknown name.
@@ -108,7 +113,7 @@ def resolve_backend(
     if backend == 'triton' and exact:
         raise RuntimeError("scan backend 'triton' cannot run here: it computes in float32, and the tensors are float64")
     if device.type != 'meta':
-        reason = why_not_triton(device)
+        reason = unfit_triton or why_not_triton(device)
         if reason is None:
             return 'triton'
         if backend == 'triton':

@@ -48,13 +48,15 @@ def _version(table: Tensor) -> int | None:
     return None if table.is_inference() else table._version
 
 
-def _lanes(gather: Tensor, merge: Tensor, num_positions: int, complete: bool) -> _Lanes:
-    key = (num_positions, complete, _version(gather), _version(merge))
+def _lanes(gather: Tensor, merge: Tensor, num_positions: int, complete: bool, segment: int = 0) -> _Lanes:
+    key = (num_positions, complete, segment, _version(gather), _version(merge))
     merge_ref, cached_key, cached = _CACHE.get(gather, (None, None, None))
     if cached_key == key and merge_ref() is merge:
         return cached
     steps = gather.shape[-1]
     length = max(1, math.isqrt(steps))
+    if segment:  # lanes of whole segments
+        length = min(-(-length // segment) * segment, steps)
     chunks = -(-steps // length)
     filled = chunks * length == steps
 
@@ -227,6 +229,26 @@ def _adjoint_states(decay: Tensor, g: Tensor, sequences: int) -> Tensor:
     return g.addcmul_(later, inherited.unsqueeze(2))
 
 
+def _later_steps(decay: Tensor, inputs: Tensor, segment: int) -> Tensor:
+    """What the later steps of a segment add to each state in lanes: r_t = decay_t (r_{t+1} + inputs_{t+1})."""
+    later = torch.zeros_like(inputs)
+    r, a, added = later.unbind(2), decay.unbind(2), inputs.unbind(2)
+    for t in range(len(r) - 2, -1, -1):
+        if (t + 1) % segment:
+            torch.add(r[t + 1], added[t + 1], out=r[t]).mul_(a[t])
+    return later
+
+
+def _earlier_steps(decay: Tensor, g: Tensor, segment: int) -> Tensor:
+    """Its adjoint in lanes: e_t = decay_{t-1} (e_{t-1} + g_{t-1}) within a segment."""
+    earlier = torch.zeros_like(g)
+    e, a, given = earlier.unbind(2), decay.unbind(2), g.unbind(2)
+    for t in range(1, len(e)):
+        if t % segment:
+            torch.add(e[t - 1], given[t - 1], out=e[t]).mul_(a[t - 1])
+    return earlier
+
+
 def _factors(inputs: ScanInputs) -> tuple[Tensor, list[int]]:
     """dt, B and C side by side [B, L, K, R + 2N], to be read at once, and their widths."""
     apart = inputs.unpacked()
@@ -239,8 +261,8 @@ def _factors(inputs: ScanInputs) -> tuple[Tensor, list[int]]:
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs
-    lanes = _lanes(gather, merge, x.shape[1], complete)
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus, segment = inputs
+    lanes = _lanes(gather, merge, x.shape[1], complete, segment)
     factors, widths = _factors(inputs)
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     last_state = A.shape[-1] - 1
@@ -262,6 +284,8 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
             added, decay = spare if n < last_state else (delta_u, delta)
             torch.mul(delta_u, b[..., n : n + 1], out=added)
             _decay(delta, block.parameter(A[..., n]), out=decay)
+            if segment:
+                y.addcmul_(_later_steps(decay, added, segment), c[..., n : n + 1])
             h, ends = _states(decay, added, lanes.num_sequences)
             last[block.batch, block.routes, ..., n] = ends[:, :, :, -1].transpose(0, 1)
             y.addcmul_(h, c[..., n : n + 1])
@@ -273,9 +297,9 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
 def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias in the compute dtype; None for those not given."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus = inputs
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus, segment = inputs
     dy = dy.to(x.dtype)
-    lanes = _lanes(gather, merge, x.shape[1], complete)
+    lanes = _lanes(gather, merge, x.shape[1], complete, segment)
     factors, widths = _factors(inputs)
     dx, d_factors = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, factors))
     dA, dD, d_weight, d_bias = (v if v is None else torch.zeros_like(v) for v in (A, D, dt_weight, dt_bias))
@@ -295,8 +319,15 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
             a = block.parameter(A[..., n])
             bn, cn = b[..., n : n + 1], c[..., n : n + 1]
             decay = _decay(delta, a)
-            h, ends = _states(decay.clone(), delta_u * bn, lanes.num_sequences)
-            g = _adjoint_states(decay, dy_block * cn, lanes.num_sequences)
+            added, g = delta_u * bn, dy_block * cn
+            if segment:
+                later, earlier = _later_steps(decay, added, segment), _earlier_steps(decay, g, segment)
+                dc_local = (dy_block * later).sum(-1)
+                db_local = (earlier * delta_u).sum(-1)
+                d_delta_u.addcmul_(earlier, bn)
+                decayed_local = later.mul_(earlier.add_(g))
+            h, ends = _states(decay.clone(), added, lanes.num_sequences)
+            g = _adjoint_states(decay, g, lanes.num_sequences)
             dc[..., n] = (dy_block * h).sum(-1)
             db[..., n] = (g * delta_u).sum(-1)
             d_delta_u.addcmul_(g, bn)
@@ -305,6 +336,10 @@ def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
             first = decayed[:, :, 0].unflatten(2, (lanes.num_sequences, -1))
             first[:, :, :, 1:].mul_(ends[:, :, :, :-1])
             first[:, :, :, 0].zero_()
+            if segment:
+                dc[..., n] += dc_local
+                db[..., n] += db_local
+                decayed += decayed_local
             d_delta.addcmul_(decayed, a)
             dA[k, :, n] += (decayed * delta).sum((1, 2, 3))
 

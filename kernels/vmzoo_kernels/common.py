@@ -9,6 +9,11 @@ STATE_INTERVAL = 32
 """Steps of a route between the states that a forward pass keeps for its backward pass."""
 
 
+def state_interval(segment: int) -> int:
+    """:data:`STATE_INTERVAL`, or as many whole segments as are nearest below it (but one at least)."""
+    return STATE_INTERVAL if segment == 0 else max(STATE_INTERVAL // segment, 1) * segment
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state, softplus, exp and sums for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -42,6 +47,8 @@ class ScanInputs(NamedTuple):
         complete: Every route reads and writes every position, once.
         mirrored: Route k + K / 2 walks route k backwards.
         softplus: Of the step sizes.
+        segment: Steps of the segments, counted from the start of every sequence, that are also scanned backwards; 0
+            for none.
     """
 
     x: Tensor
@@ -57,6 +64,7 @@ class ScanInputs(NamedTuple):
     complete: bool
     mirrored: bool
     softplus: bool
+    segment: int = 0
 
     def unpacked(self) -> 'ScanInputs':
         """With dt, B and C apart, as views of the rows."""

@@ -7,6 +7,7 @@ and FLOP formula are registered once, for both.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked, cuda_scan
 from .backends import resolve_backend
-from .common import STATE_INTERVAL, ScanInputs, compute_dtype, runs_plainly
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype, runs_plainly, state_interval
 from .routes import Routes, get_routes
 
 
 def _empty_outputs(
-    x: Tensor, A: Tensor, gather: Tensor, reduce: bool, out_dtype: torch.dtype, keep: bool, backend: str
+    x: Tensor, A: Tensor, gather: Tensor, segment: int, reduce: bool, out_dtype: torch.dtype, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, last states [B, K, S, D, N], and the states that the backward pass of ``backend`` wants kept."""
     num_routes, sequences, steps = gather.shape
@@ -34,7 +35,7 @@ def _empty_outputs(
         y = torch.empty_like(x, dtype=out_dtype)  # in the memory order of x
     last = x.new_empty((batch, num_routes, sequences, dim, d_state), dtype=acc)
     kept = {
-        'triton': (batch, num_routes, sequences, -(-steps // STATE_INTERVAL), dim, d_state),
+        'triton': (batch, num_routes, sequences, -(-steps // state_interval(segment)), dim, d_state),
         'cuda': (batch, num_routes, -(-sequences * steps // cuda_scan.TILE), d_state, dim),
     }
     return y, last, x.new_empty(kept.get(backend, 0) if keep else 0, dtype=acc)
@@ -54,14 +55,15 @@ def _forward(
     complete: bool,
     mirrored: bool,
     softplus: bool,
+    segment: int,
     reduce: bool,
     out_dtype: torch.dtype,
     save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
-    out, last, states = _empty_outputs(x, A, gather, reduce, out_dtype, save_states, backend)
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus)
+    out, last, states = _empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment)
     if backend == 'cuda':
         cuda_scan.forward(inputs, out, last, states)
     elif backend == 'triton':
@@ -91,12 +93,13 @@ def _(
     complete,
     mirrored,
     softplus,
+    segment,
     reduce,
     out_dtype,
     save_states,
     backend,
 ):
-    return _empty_outputs(x, A, gather, reduce, out_dtype, save_states, backend)
+    return _empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
 
 
 def _backward(
@@ -115,10 +118,11 @@ def _backward(
     complete: bool,
     mirrored: bool,
     softplus: bool,
+    segment: int,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; empty for those not given."""
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment)
     if backend == 'cuda':
         grads = cuda_scan.backward(dy, inputs, states)
     elif backend == 'triton':
@@ -149,21 +153,21 @@ _scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, muta
 
 
 @_scan_backward.register_fake
-def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, backend):
+def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, backend):
     return _empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, gather, merge, complete, mirrored, softplus, _reduce, _out_dtype, _save_states, backend = inputs
+    *tensors, gather, merge, complete, mirrored, softplus, segment, _reduce, _out_dtype, _save_states, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[2], gather, merge)
-    ctx.options = (complete, mirrored, softplus, backend)
+    ctx.options = (complete, mirrored, softplus, segment, backend)
 
 
 def _gradients(ctx, dy: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
     *tensors, states, gather, merge = ctx.saved_tensors
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     if dy is None:
         return (None,) * 8 + nothing
     grads = backward(dy, *tensors, states, gather, merge, *ctx.options)
@@ -229,31 +233,44 @@ def _call(tensors: tuple[Tensor | None, ...], *options) -> tuple[Tensor, Tensor,
 
 
 def scan_flops(
-    batch: int, steps: int, routes: int, dim: int, d_state: int, dt_rank: int, skip: bool, projected: bool
+    batch: int,
+    steps: int,
+    routes: int,
+    dim: int,
+    d_state: int,
+    dt_rank: int,
+    skip: bool,
+    projected: bool,
+    segments: bool = False,
 ) -> int:
     """Floating-point operations of a scan, as the field counts them.
 
-    9·B·K·T·D·N for the scan (a multiply-add is two), B·K·T·D for the D term, and 2·B·K·T·D·R for the step sizes where
-    the operator projects them from low rank.
+    9·B·K·T·D·N for the scan (a multiply-add is two), B·K·T·D for the D term, 2·B·K·T·D·R for the step sizes where the
+    operator projects them from low rank, and 3·B·K·T·D·N for a backward scan of segments, which shares all factors.
     """
     lanes = batch * routes * steps * dim
-    return lanes * (9 * d_state + int(skip) + 2 * dt_rank * int(projected))
+    return lanes * ((12 if segments else 9) * d_state + int(skip) + 2 * dt_rank * int(projected))
 
 
-def _shape_flops(x, A, D, dt_weight, gather) -> int:
+def _shape_flops(x, A, D, dt_weight, gather, segment) -> int:
     num_routes, sequences, steps = gather
     rank = dt_weight[-1] if dt_weight is not None else 0
-    return scan_flops(x[0], sequences * steps, num_routes, A[1], A[2], rank, D is not None, dt_weight is not None)
+    options = (D is not None, dt_weight is not None, segment > 0)
+    return scan_flops(x[0], sequences * steps, num_routes, A[1], A[2], rank, *options)
 
 
 @register_flop_formula(torch.ops.vmzoo.scan)
-def _(x, dt, B, C, A, D, dt_weight, dt_bias, gather, *args, out_shape=None, **kwargs) -> int:
-    return _shape_flops(x, A, D, dt_weight, gather)
+def _(
+    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment, *args, **kwargs
+) -> int:
+    return _shape_flops(x, A, D, dt_weight, gather, segment)
 
 
 @register_flop_formula(torch.ops.vmzoo.scan_backward)
-def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _shape_flops(x, A, D, dt_weight, gather)
+def _(
+    dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, *args, **kw
+) -> int:
+    return 2 * _shape_flops(x, A, D, dt_weight, gather, segment)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -272,6 +289,25 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(v.requires_grad for v in given)
 
 
+def _segment_steps(segment: int | str, steps: int) -> int:
+    """Steps of the segments that are also scanned backwards, in sequences of so many steps; 0 for none."""
+    if segment == 'auto':
+        return 4 if steps <= 128 else 8 if steps <= 256 else 16
+    if isinstance(segment, str) or segment < 1:
+        raise ValueError(f"segment should be a number of steps, at least 1, 'auto' or None, got {segment!r}")
+    return 0 if segment == 1 else segment  # of a single step there is nothing to scan
+
+
+_ONE_WAY = 'it takes scans in one direction, not segments that are also scanned backwards'
+
+
+def _unfit_triton(segment: int) -> str | None:
+    """Why the Triton kernels do not take a scan; None if they do."""
+    if segment > STATE_INTERVAL:
+        return f'it takes segments of up to {STATE_INTERVAL} steps, not {segment}'
+    return None
+
+
 def route_scan(
     x: Tensor,
     x_dbl: Tensor,
@@ -282,6 +318,7 @@ def route_scan(
     routes: Routes,
     merge: bool = True,
     out_dtype: torch.dtype | None = None,
+    segment: int | Literal['auto'] | None = None,
     backend: str = 'auto',
 ) -> Tensor:
     """Selective scan of a channels-last map along K routes, in one operator.
@@ -304,13 +341,14 @@ def route_scan(
         merge: Sum over routes; otherwise return each route's outputs.
         out_dtype: dtype of the result; default: that of ``x`` (after autocast). Sums over routes can leave the range
             of float16.
+        segment: Also scan every segment of so many steps backwards, as :func:`selective_scan` does.
         backend: 'auto', 'torch', 'triton' or 'cuda'.
 
     Returns:
         [B, L, D], or [B, L, K, D] if not ``merge``, in row-major positions.
 
     Raises:
-        ValueError: Shapes that do not fit together, or routes on another device.
+        ValueError: Shapes that do not fit together, routes on another device, or a segment below one step.
         TypeError: Complex or integer tensors.
         RuntimeError: A backend asked for by name that cannot run here, or forward-mode differentiation.
     """
@@ -345,7 +383,8 @@ def route_scan(
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
     flowing = _flowing_dtype(x)
     out_dtype = out_dtype or flowing
-    unfit = cuda_scan.why_not(flowing, out_dtype, dim, d_state, rank, routes.complete)
+    segment = 0 if segment is None else _segment_steps(segment, routes.gather.shape[2])
+    unfit = _ONE_WAY if segment else cuda_scan.why_not(flowing, out_dtype, dim, d_state, rank, routes.complete)
     return _call(
         (x, x_dbl, None, None, A, D, dt_weight, dt_bias),
         routes.gather,
@@ -353,10 +392,11 @@ def route_scan(
         routes.complete,
         routes.mirrored,
         True,
+        segment,
         merge,
         out_dtype,
         _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
-        resolve_backend(backend, x.device, x.dtype, unfit),
+        resolve_backend(backend, x.device, x.dtype, unfit, _unfit_triton(segment) if segment else None),
     )[0]
 
 
@@ -396,12 +436,17 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    segment: int | Literal['auto'] | None = None,
     backend: str = 'auto',
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan along a sequence: a drop-in for mamba-ssm's ``selective_scan_fn`` (Mamba, arXiv 2312.00752).
 
     ``delta' = softplus(delta + delta_bias)``, ``h_t = exp(delta'_t A) h_{t-1} + delta'_t B_t u_t``,
     ``y_t = C_t · h_t + D u_t``, times ``SiLU(z)`` if given. State and accumulation are float32 (float64 for float64).
+
+    With segments the scan is locally bidirectional (LBMamba, arXiv 2506.15976): ``h_t + r_t`` takes the place of
+    ``h_t`` in ``y_t``, where ``r_t = exp(delta'_t A) (r_{t+1} + delta'_{t+1} B_{t+1} u_{t+1})`` is what the later steps
+    of the same segment add. The state that is carried on, and returned, is ``h_t``.
 
     Args:
         u: [B, D, L] input.
@@ -414,13 +459,17 @@ def selective_scan(
         delta_bias: [D], added to ``delta`` before the softplus.
         delta_softplus: Apply softplus to ``delta``.
         return_last_state: Return the last state too (no gradient flows through it).
+        segment: Also scan every segment of so many steps backwards, counted from the first step; the last one may be
+            shorter. 'auto' is the published choice: 4 in sequences of up to 128 steps, 8 of up to 256, else 16. A
+            segment of one step is a plain scan. Triton takes up to 32 steps, torch any number, in time that grows with
+            it.
         backend: 'auto', 'torch' or 'triton'.
 
     Returns:
         y [B, D, L] in the dtype of ``u``; with ``return_last_state`` also the state [B, D, N] in float32.
 
     Raises:
-        ValueError: Shapes that do not fit together, or an empty sequence.
+        ValueError: Shapes that do not fit together, an empty sequence, or a segment below one step.
         TypeError: Complex or integer tensors.
         RuntimeError: A backend asked for by name that cannot run here, or forward-mode differentiation.
     """
@@ -441,7 +490,9 @@ def selective_scan(
         raise ValueError(f'B has {B.shape[1]} groups and C {C.shape[1]}: one must divide the other')
     B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
 
-    backend = resolve_backend(backend, u.device, u.dtype, 'it takes scans along routes')
+    segment = 0 if segment is None else _segment_steps(segment, length)
+    unfit = _ONE_WAY if segment else 'it takes scans along routes'
+    backend = resolve_backend(backend, u.device, u.dtype, unfit, _unfit_triton(segment) if segment else None)
 
     def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
         v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
@@ -467,6 +518,7 @@ def selective_scan(
         True,
         False,
         delta_softplus,
+        segment,
         False,
         _flowing_dtype(u),
         _needs_grad(u, delta, A, B, C, D, delta_bias),

@@ -7,7 +7,8 @@ the K partial outputs, which are then summed in a fixed order: there are no atom
 
 Few and long sequences are split into segments, so that the GPU is filled: a first pass finds what each segment adds to
 the state, a short one carries the states across, and the main pass starts every segment from its true state. The
-backward pass walks the tiles in reverse from states kept at every tile's start.
+backward pass walks the tiles in reverse from states kept at every tile's start. Where segments of a few steps are also
+scanned backwards, a tile holds whole segments, so that this happens within it.
 
 Names: ``i_`` ids, ``o_`` offsets, ``p_`` pointers, ``b_`` values of a tile; tiles are [T, D].
 """
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backends import interpreted
-from .common import STATE_INTERVAL, ScanInputs, compute_dtype
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype, state_interval
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -53,6 +54,21 @@ def _compose_adjoint(decay1, grad1, weight1, decay2, grad2, weight2):
     """
     carried = weight2 * decay1
     return decay2, grad2 + carried * grad1, carried * weight1
+
+
+@triton.jit
+def _compose_exclusive_within(input1, before1, decay1, segment1, input2, before2, decay2, segment2):
+    """As `_compose_exclusive`, where nothing passes from one segment to another."""
+    passed = tl.where(segment1 == segment2, decay2 * (before1 + input1), 0.0)
+    return input2, before2 + passed, decay2 * decay1, segment2
+
+
+@triton.jit
+def _compose_adjoint_within(decay1, grad1, weight1, segment1, decay2, grad2, weight2, segment2):
+    """As `_compose_adjoint`, where nothing passes from one segment to another."""
+    carried = weight2 * decay1
+    passed = tl.where(segment1 == segment2, carried * grad1, 0.0)
+    return decay2, grad2 + passed, carried * weight1, segment2
 
 
 @triton.jit
@@ -110,6 +126,34 @@ def _program(num_routes, num_sequences, num_segments, num_blocks):
     i_sequence = pid % num_sequences
     pid = pid // num_sequences
     return pid // num_routes, pid % num_routes, i_sequence, i_segment, i_block
+
+
+@triton.jit
+def _tile_steps(i_tile, o_t, steps, BLOCK_T: tl.constexpr, SEGMENT: tl.constexpr):
+    """Steps of a tile, of whole segments; those of the tile's rest lie past the end."""
+    TILE: tl.constexpr = BLOCK_T if SEGMENT == 0 else BLOCK_T // SEGMENT * SEGMENT
+    o_step = i_tile * TILE + o_t
+    if TILE != BLOCK_T:
+        o_step = tl.where(o_t < TILE, o_step, steps)
+    return o_step
+
+
+@triton.jit
+def _later_steps(b_input, b_decay, b_segment):
+    """What the later steps of a segment add to each state: r_t = decay_t (r_{t+1} + input_{t+1})."""
+    b_none = tl.zeros(b_input.shape, b_input.dtype)
+    _, b_later, _, _ = tl.associative_scan(
+        (b_input, b_none, b_decay, b_segment), 0, _compose_exclusive_within, reverse=True
+    )
+    return b_later
+
+
+@triton.jit
+def _local_adjoint(b_decay, b_grad, b_segment):
+    """dL/d(r_t + input_t) of that, from grad_t = C_t dL/dy_t: g_t = grad_t + decay_{t-1} g_{t-1}."""
+    b_ones = tl.full(b_grad.shape, 1.0, b_grad.dtype)
+    _, b_g, _, _ = tl.associative_scan((b_decay, b_grad, b_ones, b_segment), 0, _compose_adjoint_within)
+    return b_g
 
 
 @triton.jit
@@ -219,6 +263,7 @@ def _forward_kernel(
     VEC: tl.constexpr,
     WIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     SAVE_STATES: tl.constexpr,
     SPLIT: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -256,6 +301,9 @@ def _forward_kernel(
     states += i_sequence * num_tiles * dim * N
     o_segment = (i_sequence * num_segments + i_g) * dim
 
+    if SEGMENT > 0:
+        b_segment = tl.broadcast_to((o_t // SEGMENT)[:, None], [BLOCK_T, BLOCK_D])
+
     b_h = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
     b_sum = tl.zeros([BLOCK_D], dtype=ACC)
     if SPLIT and not SUMMARY:
@@ -265,7 +313,7 @@ def _forward_kernel(
     for i_tile in range(first, tl.minimum(first + segment_tiles, num_tiles)):
         if SAVE_STATES:
             tl.store(states + tl.cast(i_tile, tl.int64) * dim * N + o_dn, b_h, mask=b_in_dn)
-        o_step = i_tile * BLOCK_T + o_t
+        o_step = _tile_steps(i_tile, o_t, steps, BLOCK_T, SEGMENT)
         b_pos, b_real = _positions(gather, o_step, steps, WIDE)
         b_delta, _, _ = _step_sizes(
             dt,
@@ -291,11 +339,15 @@ def _forward_kernel(
             b_B = tl.load(B + b_pos * B_l + n * B_n, mask=b_real, other=0.0).to(ACC)
             b_decay = tl.exp2(b_delta * _column(b_A, o_n, n)[None, :])
             b_input = b_delta * b_x * b_B[:, None]
+            if SEGMENT > 0 and not SUMMARY:
+                b_later = _later_steps(b_input, b_decay, b_segment)
             b_decay, b_states = tl.associative_scan((b_decay, b_input), 0, _compose)
             b_states += b_decay * _column(b_h, o_n, n)[None, :]
             b_h = _set_column(b_h, o_n, n, _row(b_states, o_t, BLOCK_T - 1))
             if not SUMMARY:
                 b_C = tl.load(C + b_pos * C_l + n * C_n, mask=b_real, other=0.0).to(ACC)
+                if SEGMENT > 0:
+                    b_states += b_later
                 b_y += b_states * b_C[:, None]
         if SUMMARY:
             b_sum += tl.sum(b_delta, axis=0)
@@ -427,6 +479,7 @@ def _backward_kernel(
     VEC: tl.constexpr,
     WIDE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     SPLIT: tl.constexpr,
     SUMMARY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -434,7 +487,8 @@ def _backward_kernel(
 ):
     """All gradients of a segment, walking back; as SUMMARY only what it hands to the one before it, from a zero end.
 
-    With g_t = dL/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}; what a tile hands back is q = exp(delta_0 A) g_0.
+    With g_t = dL/dh_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}; what a tile hands back is q = exp(delta_0 A) g_0. The
+    backward scan of a segment has an adjoint that runs forwards: C_t dy_t + exp(delta_{t-1} A) times that of t - 1.
     Gradients that are sums over channels are written for every channel block, those that are sums over positions for
     every segment; the host adds them up.
     """
@@ -477,6 +531,9 @@ def _backward_kernel(
     states += i_sequence * num_tiles * dim * N
     o_segment = (i_sequence * num_segments + i_g) * dim
 
+    if SEGMENT > 0:
+        b_segment = tl.broadcast_to((o_t // SEGMENT)[:, None], [BLOCK_T, BLOCK_D])
+
     b_q = tl.zeros([BLOCK_D, BLOCK_N], dtype=ACC)
     b_sum = tl.zeros([BLOCK_D], dtype=ACC)
     if SPLIT and not SUMMARY:
@@ -486,7 +543,7 @@ def _backward_kernel(
     end = tl.minimum(first + segment_tiles, num_tiles)
     for i in range(first, end):
         i_tile = first + end - 1 - i
-        o_step = i_tile * BLOCK_T + o_t
+        o_step = _tile_steps(i_tile, o_t, steps, BLOCK_T, SEGMENT)
         b_in_t = o_step < steps
         b_pos, b_real = _positions(gather, o_step, steps, WIDE)
         b_to, b_written = _positions(merge, o_step, steps, WIDE)
@@ -520,8 +577,15 @@ def _backward_kernel(
                 )
                 b_decayed += b_product * _column(b_h, o_n, n)[None, :]
                 b_states = b_decayed + b_input
-                b_d_input += b_g * b_B[:, None]
                 b_d_log_decay = b_g * b_decayed  # dL/d(delta A)
+                if SEGMENT > 0:
+                    b_later = _later_steps(b_input, b_decay, b_segment)
+                    b_own = b_dy * b_C[:, None]
+                    b_local_g = _local_adjoint(b_decay, b_own, b_segment)
+                    b_states += b_later
+                    b_d_log_decay += b_local_g * b_later
+                    b_g += b_local_g - b_own
+                b_d_input += b_g * b_B[:, None]
                 b_d_delta += b_d_log_decay * b_An[None, :]
                 b_dA = _add_column(b_dA, o_n, n, tl.sum(b_d_log_decay * b_delta, axis=0))
                 b_dB = tl.sum(b_g * (b_delta * b_x), axis=1)
@@ -582,7 +646,7 @@ _FULL_GPU = 1024  # programs that keep a large GPU busy
 _MIN_SEGMENT = 4  # tiles; shorter segments cost more in the extra pass than they bring
 
 
-def _plan(x: Tensor, A: Tensor, gather: Tensor, backward: bool) -> _Plan:
+def _plan(x: Tensor, A: Tensor, gather: Tensor, segment: int, backward: bool) -> _Plan:
     """Tile shapes measured on Hopper GPUs; any gives the same result up to the order of sums."""
     num_routes, sequences, steps = gather.shape
     _, dim, d_state = A.shape
@@ -594,7 +658,7 @@ def _plan(x: Tensor, A: Tensor, gather: Tensor, backward: bool) -> _Plan:
     elif d_state == 1 and dim % 64 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1]):
         block_d, vec = 64, 2
     num_blocks = triton.cdiv(dim, block_d)
-    num_tiles = triton.cdiv(steps, _BLOCK_T)
+    num_tiles = triton.cdiv(steps, state_interval(segment))
     programs = max(1, x.shape[0] * num_routes * sequences * num_blocks)
     num_segments = max(1, min(_FULL_GPU // programs, num_tiles // _MIN_SEGMENT))
     segment_tiles = triton.cdiv(num_tiles, num_segments)
@@ -615,14 +679,14 @@ class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
     def __init__(self, inputs: ScanInputs, dy: Tensor | None = None):
-        x, dt, B, C, A, D, weight, bias, gather, merge, _, _, softplus = inputs
+        x, dt, B, C, A, D, weight, bias, gather, merge, _, _, softplus, segment = inputs
         acc = compute_dtype(x.dtype)
         self.acc = acc
         self.x = x
         self.A, self.D, self.weight, self.bias = (_contiguous(v, acc) for v in (A, D, weight, bias))
         self.gather, self.merge = (v if v[0].is_contiguous() else v.contiguous() for v in (gather, merge))
         self.rank = 0 if weight is None else weight.shape[-1]
-        self.plan = plan = _plan(x, A, gather, backward=dy is not None)
+        self.plan = plan = _plan(x, A, gather, segment, backward=dy is not None)
         self.batch, (self.num_routes, self.num_sequences, self.steps) = x.shape[0], gather.shape
         self.dim, self.d_state = A.shape[1:]
         self.params = (self.A, self._or_dummy(self.D), self._or_dummy(self.weight), self._or_dummy(self.bias))
@@ -641,6 +705,7 @@ class _Scan:
             'WIDE': _wide(x, dt, B, C, x if dy is None else dy)
             or gather.numel() * max(self.dim, self.rank + 2 * self.d_state) >= 2**31,
             'SOFTPLUS': softplus,
+            'SEGMENT': segment,
             # 'ieee' keeps float32 exact; a half-precision dt loses nothing in the matrix unit's tf32
             'PRECISION': 'ieee' if dt.dtype in (torch.float32, torch.float64) else 'tf32',
             'ACC': tl.float64 if acc == torch.float64 else tl.float32,

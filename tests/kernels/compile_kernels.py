@@ -18,14 +18,17 @@ POINTERS = {
     **dict.fromkeys(('A', 'D', 'weight', 'bias', 'y', 'states', 'last', 'segment_states', 'segment_deltas'), 'fp32'),
     **dict.fromkeys(('d_dt', 'd_B', 'd_C', 'd_A', 'd_D', 'd_weight', 'd_bias'), 'fp32'),
 }
-# One of each kind: VMamba's (d_state 1, half precision), Vim's (d_state 16, float32), the 1-D scan (whole step sizes)
+# One of each kind: VMamba's (d_state 1, half precision), Vim's (d_state 16, float32), the 1-D scan (whole step sizes),
+# and with segments that are also scanned backwards, which fill a tile (LBVim's) or do not
 VARIANTS = {
     'vmamba': ('fp16', {'N': 1, 'RANK': 6, 'BLOCK_N': 1, 'BLOCK_R': 16, 'PRECISION': 'tf32'}),
     'vim': ('fp32', {'N': 16, 'RANK': 12, 'BLOCK_N': 16, 'BLOCK_R': 16, 'PRECISION': 'ieee'}),
     'sequence': ('bf16', {'N': 4, 'RANK': 0, 'BLOCK_N': 4, 'BLOCK_R': 16, 'PRECISION': 'tf32', 'WIDE': True}),
+    'lbvim': ('fp32', {'N': 16, 'RANK': 12, 'BLOCK_N': 16, 'BLOCK_R': 16, 'PRECISION': 'ieee', 'SEGMENT': 8}),
+    'segments of five': ('fp16', {'N': 1, 'RANK': 6, 'BLOCK_N': 1, 'BLOCK_R': 16, 'PRECISION': 'tf32', 'SEGMENT': 5}),
 }
 COMMON = {'BLOCK_T': 32, 'BLOCK_D': 32, 'VEC': 1, 'WIDE': False, 'ACC': tl.float32, 'SPLIT': True, 'SUMMARY': False}
-COMMON |= {'HAS_D': True, 'HAS_BIAS': True, 'SOFTPLUS': True, 'SAVE_STATES': True, 'REVERSE': True}
+COMMON |= {'HAS_D': True, 'HAS_BIAS': True, 'SOFTPLUS': True, 'SEGMENT': 0, 'SAVE_STATES': True, 'REVERSE': True}
 
 
 def compile_kernel(kernel, target: GPUTarget, flowing: str, constants: dict) -> None:

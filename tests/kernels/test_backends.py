@@ -49,6 +49,8 @@ def test_gpu_tensors_take_cuda_then_triton(no_interpreter, monkeypatch):
     assert resolve_backend('auto', CUDA, unfit='it takes other scans') == 'triton'
     with pytest.raises(RuntimeError, match='cannot run here: it takes other scans'):
         resolve_backend('cuda', CUDA, unfit='it takes other scans')
+    with pytest.warns(UserWarning, match='slow torch backend on this GPU: it takes small squares'):
+        assert resolve_backend('auto', CUDA, unfit='it takes circles', unfit_triton='it takes small squares') == 'torch'
     monkeypatch.setattr(backends, 'why_not_cuda', lambda device: 'no NVRTC for this test')
     assert resolve_backend('auto', CUDA) == 'triton'
 

@@ -12,7 +12,11 @@ SCRIPT = Path(__file__).with_name('compile_kernels.py')
 
 @pytest.mark.parametrize(
     'arguments',
-    [('cuda', '80', 'vmamba'), ('cuda', '90', 'vmamba', 'vim', 'sequence'), ('hip', 'gfx942', 'vmamba', 'vim')],
+    [
+        ('cuda', '80', 'vmamba'),
+        ('cuda', '90', 'vmamba', 'vim', 'sequence', 'lbvim'),
+        ('hip', 'gfx942', 'vmamba', 'vim', 'segments of five'),
+    ],
     ids=lambda arguments: '-'.join(arguments[:2]),
 )
 def test_compiles_for(arguments, tmp_path):

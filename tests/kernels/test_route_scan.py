@@ -116,6 +116,50 @@ def test_torch_backend_in_blocks(routes, merge, values, blocks, monkeypatch):
 
 
 @pytest.mark.parametrize('routes', ROUTES)
+@pytest.mark.parametrize('segment', [2, 5, 8, 16, 35, 100])
+def test_segments_scanned_backwards(routes, segment):
+    inputs, routes = make((5, 7), 5, 2, 3, routes)
+    want, weight = value_and_grads(route_scan_reference, inputs, routes, segment=segment)
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, segment=segment, backend='torch')
+    assert all(error(got[key], want[key]) < 1e-12 for key in want)
+
+
+@pytest.mark.parametrize(
+    # several tiles, which the segments fill or do not; padding; several sequences; parts of a sequence side by side
+    'routes, size, dim, segment',
+    [
+        ('forward', (5, 8), 5, 8),
+        ('windows', (2, 5), 3, 3),
+        ('cascade_rows', (1, 36), 1, 7),
+        ('forward', (16, 17), 1, 16),
+    ],
+)
+def test_segments_in_the_kernels(routes, size, dim, segment, device):
+    dtype, tolerance = (torch.float32, 1e-5) if GPU else (torch.float64, 1e-12)
+    inputs, routes = make(size, dim, 2, 2, routes, batch=1, dtype=dtype, device=device)
+    want, weight = value_and_grads(route_scan, inputs, routes, segment=segment, backend='torch')
+    got, _ = value_and_grads(route_scan, inputs, routes, weight, segment=segment, backend='triton')
+    assert all(error(got[key], want[key]) < tolerance for key in want)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_non_finite_values_stay_in_their_segment(backend, device):
+    inputs, routes = make((4, 5), 4, 2, 2, 'forward', dtype=torch.float32, device=device)
+    inputs['x'][0, 6, 1] = torch.inf
+    nonfinite = ~torch.isfinite(route_scan(**inputs, routes=routes, segment=4, backend=backend))
+    assert torch.equal(nonfinite[0, :, 1], torch.arange(20, device=device) >= 4)
+    assert nonfinite.sum() == 16
+
+
+def test_what_the_kernels_cannot_scan_backwards(device):
+    inputs, routes = make((5, 8), 16, 1, 2, 'forward', dtype=torch.float16, device=device)
+    with pytest.raises(RuntimeError, match="'triton' cannot run here: it takes segments of up to 32 steps, not 33"):
+        route_scan(**inputs, routes=routes, segment=33, backend='triton')
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: it takes scans in one direction"):
+        route_scan(**inputs, routes=routes, segment=8, backend='cuda')
+
+
+@pytest.mark.parametrize('routes', ROUTES)
 @pytest.mark.parametrize('merge', [True, False])
 def test_every_kind_of_route_in_the_kernels(routes, merge, device):
     """float64 in the interpreter, float32 compiled."""
@@ -236,20 +280,20 @@ def test_gradcheck_of_the_interpreted_kernels():
     assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in inputs.values()], fast_mode=True)
 
 
-def scan_arguments(inputs, routes, backend):
+def scan_arguments(inputs, routes, backend, segment=0):
     rank, n = inputs['dt_weight'].shape[-1], inputs['A'].shape[-1]
     dt, b, c = inputs['x_dbl'].split([rank, n, n], dim=-1)
     parameters = (inputs['A'], inputs['D'], inputs['dt_weight'], inputs['dt_bias'])
     tables = (routes.gather, routes.merge, routes.complete, routes.mirrored)
-    options = (*tables, True, True, torch.float32, True, backend)
+    options = (*tables, True, segment, True, torch.float32, True, backend)
     return (inputs['x'], dt, b, c, *parameters, *options)
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
-def test_operator_registration(backend, device):
+@pytest.mark.parametrize('backend, segment', [*((name, 0) for name in BACKENDS), ('torch', 4)])
+def test_operator_registration(backend, segment, device):
     inputs, routes = make((2, 3), 4, 2, 2, 'cross', batch=1, dtype=torch.float32, device=device)
     inputs = {name: v.requires_grad_() for name, v in inputs.items()}
-    torch.library.opcheck(torch.ops.vmzoo.scan.default, scan_arguments(inputs, routes, backend))
+    torch.library.opcheck(torch.ops.vmzoo.scan.default, scan_arguments(inputs, routes, backend, segment))
 
 
 @pytest.mark.parametrize('dynamic', [False, True])
@@ -320,7 +364,7 @@ def test_offsets_are_64_bit_where_31_may_not_do(far):
     distant = torch.empty_strided((1, 6, 8), (6 * 2**29, 2**29, 1), device='meta', dtype=torch.float64)
     x = distant if far == 'x' else inputs['x']
     _, *others = scan_arguments(inputs, routes, 'triton')
-    scan = triton_scan._Scan(ScanInputs(x, *others[:12]), distant if far == 'dy' else inputs['x'])
+    scan = triton_scan._Scan(ScanInputs(x, *others[:13]), distant if far == 'dy' else inputs['x'])
     assert scan.constants['WIDE'] == (far is not None)
 
 
@@ -433,6 +477,11 @@ def test_flops_are_counted():
         route_scan(**inputs, routes=routes)
     lanes = 2 * 4 * 20 * 8  # B·K·L·D
     assert counter.get_total_flops() == lanes * (9 * 2 + 1 + 2 * 3) == scan_flops(2, 20, 4, 8, 2, 3, True, True)
+    inputs['x'].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        route_scan(**inputs, routes=routes, segment=4).sum().backward()
+    assert counter.get_total_flops() == 3 * scan_flops(2, 20, 4, 8, 2, 3, True, True, segments=True)
+    assert counter.get_total_flops() == 3 * lanes * (12 * 2 + 1 + 2 * 3)
 
 
 class _Largest(TorchDispatchMode):
@@ -449,7 +498,7 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_holds_every_state():
     """The torch backend keeps one state channel at a time: nothing has B·K·L·D·N values."""
     inputs, routes = make((6, 6), 8, 64, 2, 'cross', dtype=torch.float32)
-    inputs = ScanInputs(*scan_arguments(inputs, routes, 'torch')[:13])
+    inputs = ScanInputs(*scan_arguments(inputs, routes, 'torch')[:14])
     y, last = torch.zeros(2, 36, 8), torch.zeros(2, 4, 1, 8, 64)
     with _Largest() as largest:
         chunked.forward(inputs, y, last)

@@ -15,27 +15,31 @@ TRANSFORMS = {
     'x-4': lambda x: x - 4,
     '0.1*abs(x)': lambda x: 0.1 * np.abs(x),
     '-exp(x)': lambda x: -np.exp(x),
+    '-exp(0.5 * x)': lambda x: -np.exp(0.5 * x),
     '-4*exp(x)': lambda x: -4 * np.exp(x),
 }
-FIXTURES = sorted(f'ops/{path.stem}' for path in (golden.DIR / 'ops').glob('selective_scan*.npz'))
+KINDS = ('selective_scan', 'local_bidir_scan')
+FIXTURES = sorted(f'ops/{path.stem}' for kind in KINDS for path in (golden.DIR / 'ops').glob(f'{kind}_*.npz'))
 # Every branch of the kernels once, where it is quick: no D, no bias, no softplus, groups, segments, extreme values.
-INTERPRETED = [name for name in FIXTURES if name.endswith(('_plain', '_nosoftplus', '_nobias', '_extreme'))]
+ENDINGS = ('_plain', '_nosoftplus', '_nobias', '_extreme', '_L20_M8_g2', '_L16_M16')
+INTERPRETED = [name for name in FIXTURES if name.endswith(ENDINGS)]
 
 
 def check_fixture(name, backend, device, dtype, tolerance):
     meta, want = golden.load(name)
     inputs = {
-        key: torch.from_numpy(TRANSFORMS[v['transform']](golden.make_input(v['shape'], v['seed']).astype(np.float64)))
+        key: TRANSFORMS[v.get('transform', 'x')](golden.make_input(v['shape'], v['seed']).astype(np.float64))
         for key, v in meta['inputs'].items()
     }
-    inputs = {key: v.to(device, dtype).requires_grad_() for key, v in inputs.items()}
-    dout = inputs.pop('dout')
-    softplus = meta['config']['delta_softplus']
-    y, last = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True, backend=backend)
+    inputs = {key: torch.from_numpy(v).to(device, dtype).requires_grad_() for key, v in inputs.items()}
+    dout = inputs.pop('dout' if 'dout' in inputs else 'dy')
+    options = {key: meta['config'][key] for key in ('delta_softplus', 'segment') if key in meta['config']}
+    y, last = selective_scan(**inputs, **options, return_last_state=True, backend=backend)
     (y * dout).sum().backward()
     got = {'y': y, 'last_state': last, **{f'd{key}': v.grad for key, v in inputs.items()}}
-    assert got.keys() == want.keys()
-    for key, value in got.items():
+    assert got.keys() - want.keys() <= {'last_state'}
+    for key in want:
+        value = got[key]
         if np.linalg.norm(want[key]) > 0:
             assert golden.error(value.numpy(force=True), want[key]) < tolerance, key
         else:
@@ -98,6 +102,27 @@ def test_half_precision_keeps_a_float32_state(dtype):
     assert (y - want).norm() <= {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] * want.norm()
 
 
+@pytest.mark.parametrize('length, steps', [(1, 4), (128, 4), (129, 8), (256, 8), (257, 16)])
+def test_automatic_segments_are_the_published_ones(length, steps):
+    inputs = make(length=length)
+    got, want, plain = (selective_scan(**inputs, segment=segment) for segment in ('auto', steps, None))
+    assert torch.equal(got, want)
+    assert torch.equal(got, plain) == (length == 1)
+    assert torch.equal(plain, selective_scan(**inputs, segment=1))
+
+
+@pytest.mark.parametrize('segment', [13, 64])
+def test_a_segment_of_the_whole_sequence_is_a_scan_in_both_directions(segment):
+    inputs = make()
+    got, last = selective_scan(**inputs, segment=segment, return_last_state=True)
+    forward, want_last = selective_scan(**inputs, return_last_state=True)
+    backward = selective_scan(**{k: v.flip(-1) if k in ('u', 'delta', 'B', 'C') else v for k, v in inputs.items()})
+    both = torch.nn.functional.softplus(inputs['delta']) * inputs['u']
+    both = both * (inputs['B'] * inputs['C']).sum(2).repeat_interleave(3, dim=1)  # the step itself is counted once
+    torch.testing.assert_close(got, forward + backward.flip(-1) - both)
+    torch.testing.assert_close(last, want_last)
+
+
 def test_empty_batch():
     y, last = selective_scan(**make(batch=0), return_last_state=True)
     assert y.shape == (0, 6, 13) and last.shape == (0, 6, 3)
@@ -124,6 +149,8 @@ def test_only_what_needs_a_gradient_gets_one():
         ({'D': torch.randn(5)}, ValueError, 'D should be'),
         ({**make(length=0)}, ValueError, '1x0'),
         ({'z': torch.randn(2, 6, 1)}, ValueError, 'z should be'),
+        ({'segment': 0}, ValueError, "at least 1, 'auto' or None, got 0"),
+        ({'segment': 'all'}, ValueError, "at least 1, 'auto' or None, got 'all'"),
         ({'B': torch.randn(2, 2, 3, 13, dtype=torch.complex64)}, TypeError, 'complex'),
         ({'A': torch.ones(6, 3, dtype=torch.int64)}, TypeError, 'floating point'),
     ],

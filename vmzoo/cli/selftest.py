@@ -107,7 +107,7 @@ def _map_case(name: str, height: int, width: int, dim: int, rank: int, d_state: 
     return Case(title, dtype, d_state, inputs, route_scan, route_scan_reference, settings)
 
 
-def _sequence_case(length: int, dim: int, d_state: int, dtype: torch.dtype) -> Case:
+def _sequence_case(length: int, dim: int, d_state: int, dtype: torch.dtype, segment: int = 0) -> Case:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inputs = {
         'u': draw(2, dim, length),
@@ -120,12 +120,12 @@ def _sequence_case(length: int, dim: int, d_state: int, dtype: torch.dtype) -> C
     }
 
     def reference(**kwargs) -> Tensor:
-        return selective_scan_reference(**kwargs)[0]
+        return selective_scan_reference(**{**kwargs, 'segment': segment})[0]
 
     def settings(device: torch.device) -> dict:
-        return {'delta_softplus': True}
+        return {'delta_softplus': True, 'segment': segment or None}
 
-    title = f'sequence of {length}, D={dim}'
+    title = f'sequence of {length}, D={dim}' + (f', in segments of {segment}' if segment else '')
     return Case(title, dtype, d_state, inputs, selective_scan, reference, settings)
 
 
@@ -140,6 +140,7 @@ def all_cases() -> list[Case]:
         _map_case('cascade_rows', 13, 2, 20, 3, 1, torch.float32),
         _sequence_case(197, 24, 16, torch.float16),
         _sequence_case(50, 12, 1, torch.float32),
+        _sequence_case(197, 24, 16, torch.float32, segment=8),
     ]
 
 
