@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from vmzoo.models import _builder
 from vmzoo.weights import CheckpointError, CheckpointMismatch, manifest
 
 
@@ -106,6 +107,21 @@ def test_url_downloads_once_into_the_cache(source, served, torch_home):
         torch.testing.assert_close(model(image), source(image))
     assert requests == ['/good.pth']
     assert [path.name for path in (torch_home / 'hub/checkpoints').iterdir()] == ['good.pth']
+
+
+def test_google_drive(source, published, torch_home, monkeypatch):
+    """The page of a file stands in the cfg; every file has its own name in the cache."""
+    body = published.read_bytes()
+    files = {f'/download?id={file}&confirm=t': (200, body, len(body)) for file in ('1a-B_c', '2d')}
+    with serving(files) as (address, requests):
+        monkeypatch.setattr(_builder, '_DRIVE_DOWNLOAD', address + '/download?id={}&confirm=t')
+        for file in ('1a-B_c', '2d', '2d'):
+            url = f'https://drive.google.com/file/d/{file}/view'
+            model = create(source={'url': url})
+            assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
+            assert model.pretrained_cfg['url'] == url
+    assert requests == list(files)
+    assert len(list((torch_home / 'hub/checkpoints').iterdir())) == 2
 
 
 def test_default_cfg_url(source, served, monkeypatch):

@@ -5,6 +5,7 @@ non-strict when the number of classes changes. Here files and downloads are read
 """
 
 import os
+import re
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, load_custom_pretrained, resolve_pretrained_cfg
 from torch import nn
+
+_DRIVE_DOWNLOAD = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
 
 
 def build_model(
@@ -74,6 +77,12 @@ def _is_published_file(cfg: dict[str, Any]) -> bool:
     return bool(cfg.get('file') or (cfg.get('url') and not cfg.get('hf_hub_id')))
 
 
+def _download_source(url: str) -> str | tuple[str, str]:
+    """Address to download from; for a page of Google Drive that of its file, and a name for the cache."""
+    page = re.match(r'https://drive\.google\.com/file/d/([\w-]+)', url)
+    return (_DRIVE_DOWNLOAD.format(page[1]), f'google_drive_{page[1]}') if page else url
+
+
 def _load_published(model: nn.Module, cfg: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> None:
     # Imported here: weights build on models, and most models are never loaded from a file.
     from vmzoo.weights import CheckpointError, CheckpointMismatch, load_checkpoint, verify
@@ -95,7 +104,8 @@ def _load_published(model: nn.Module, cfg: dict[str, Any], cache_dir: str | os.P
             raise CheckpointError(f'{error}. It came from {url} and was removed from the cache; try again.') from error
 
     try:
-        load_custom_pretrained(model, cfg, load_fn=load, cache_dir=cache_dir)
+        source = cfg if url is None else {**cfg, 'url': _download_source(url)}
+        load_custom_pretrained(model, source, load_fn=load, cache_dir=cache_dir)
     except (OSError, HTTPException) as error:
         if url is None:
             raise
