@@ -20,6 +20,13 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'groupmamba': """
+Four stages whose token mixer scans a quarter of the channels in each of four directions, and multiplies the result with
+its input and with a gate that sees all channels. Every published model has two classifiers (`classifier.head`,
+`classifier.head_dist`), the second of which learned from RegNetY-16GF: evaluation averages them, training returns both
+after `model.set_distilled_training()`; `distillation=False` leaves the second one out, of a checkpoint too. The
+published accuracies are of averaged weights. Feature maps of all stages but the last are normed; the final norm is part
+of the head.""",
     'vmamba': """
 Three generations share the architecture. `vmamba_*_s<ratio>l<depth>` are the current ones (SS2D without a gate, MLP
 after it, d_state 1); `vmamba_v0_*` are the first release, the form that many early downstream projects copied (gated,

@@ -5,6 +5,7 @@ Keys are names of families (the module that defines the model) or of single mode
 
 # Arguments that make a model small enough to run in every test, with everything that its published size has.
 SMALL = {
+    'groupmamba': {'stem_dim': 8, 'depths': (1, 1, 1, 1), 'embed_dim': (16, 16, 32, 48), 'mlp_ratio': (2, 2, 2, 2)},
     'vmamba': {'depths': (1, 1, 2, 1), 'embed_dim': 16},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
     'vim_tiny_seg': {'block_indices': (0, 1, 2, 3)},

@@ -1,6 +1,10 @@
 """What papers and repositories state of a model's cost: billions of multiply-accumulates for one image of its size."""
 
 GMACS = {
+    # measured of the published code: the paper does not state them
+    'groupmamba_tiny': 4.67,
+    'groupmamba_small': 7.23,
+    'groupmamba_base': 14.10,
     'vmamba_tiny_s1l8': 4.9,
     'vmamba_tiny_s2l5': 4.9,
     'vmamba_small_s2l15': 8.7,

@@ -52,6 +52,12 @@ def small(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **{**SMALL.get(family(name), {}), **SMALL.get(name, {}), **kwargs})
 
 
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The model's classifiers: two, if one of them learned from a teacher."""
+    classifier = model.get_classifier()
+    return classifier if isinstance(classifier, tuple) else (classifier,)
+
+
 def image(batch: int = 2, channels: int = 3, height: int = SIZE, width: int | None = None, **kwargs) -> Tensor:
     return torch.randn(batch, channels, height, width or height, **kwargs)
 
@@ -226,13 +232,12 @@ def test_reset_classifier(name):
     model = small(name)
     model.reset_classifier(7)
     assert model(image()).shape == (2, 7)
-    assert model.get_classifier().weight.shape[0] == 7
+    assert {classifier.weight.shape[0] for classifier in classifiers(model)} == {7}
 
     for training in (False, True):
         model.train(training).to('meta', torch.float64).reset_classifier(5)
-        classifier = model.get_classifier()
-        assert classifier.weight.device.type == 'meta'
-        assert classifier.weight.dtype == torch.float64
+        weights = [classifier.weight for classifier in classifiers(model)]
+        assert {(weight.device.type, weight.dtype) for weight in weights} == {('meta', torch.float64)}
         assert {module.training for module in model.modules()} == {training}
 
     for pool in ((), ('',)):
@@ -276,7 +281,9 @@ def test_pretrained_with_other_ends(name, options, tmp_path):
     model = model.model if 'features_only' in options else model
     state = source.state_dict()
     cfg = timm.get_pretrained_cfg(name)
-    ends = ([cfg.first_conv] if 'in_chans' in options else []) + ([cfg.classifier] if 'num_classes' in options else [])
+    ends = [cfg.first_conv] if 'in_chans' in options else []
+    if 'num_classes' in options:
+        ends += [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
     same = {key: value for key, value in model.state_dict().items() if key.rpartition('.')[0] not in ends}
     assert len(same) > len(state) // 2
     assert all(torch.equal(value, state[key]) for key, value in same.items())

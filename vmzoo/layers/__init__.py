@@ -1,7 +1,7 @@
 """Blocks that two or more model families share."""
 
-from .head import NormPoolHead
-from .linear import Linear, Mlp, SwiGlu, linear
+from .head import DistilledHead, NormPoolHead
+from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
 from .mamba import MambaMixer, TokenPaths, VimBlock
 from .norm import LayerNorm, RMSNorm
 from .patch import (
@@ -17,7 +17,7 @@ from .patch import (
 )
 from .shuffle import LayerwiseShuffle
 from .ss2d import SS2D, SSD2D, scan_names
-from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
+from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
 from .vss import VSSBlock
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     'SSD2D',
     'ConvDownsample',
     'ConvStem',
+    'DistilledHead',
     'LayerNorm',
     'LayerwiseShuffle',
     'Linear',
@@ -43,9 +44,11 @@ __all__ = [
     'auto_dt_rank',
     'check_images',
     'compute_dtype',
+    'grouped_linear',
     'init_A_log_',
     'init_dt_bias_',
     'init_dt_weight_',
+    'init_linear_weight_',
     'linear',
     'scan_names',
     'to_channels_first',

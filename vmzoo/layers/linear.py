@@ -48,6 +48,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """K linear maps side by side, in one product: [..., K, I] -> [..., K, O], with weight [K, O, I]."""
+    out = torch.bmm(x.flatten(0, -3).transpose(0, 1), weight.mT)  # [K, rows, O]
+    return out.transpose(0, 1).unflatten(0, x.shape[:-2])
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` through :func:`linear`."""
 

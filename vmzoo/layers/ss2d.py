@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vmzoo_kernels import Routes, get_routes, join_map, route_names, route_scan, split_map
 from vmzoo_kernels.layer_norm import layer_norm
 
-from .linear import Linear, linear
+from .linear import Linear, grouped_linear, linear
 from .norm import LayerNorm
-from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
+from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
 
 # Scans that are more than one pass over the map, each along the next routes and with the next sets of parameters.
 _PASSES = {'cascade': ('cascade_rows', 'cascade_cols')}
@@ -85,7 +85,7 @@ class SS2D(nn.Module):
             raise ValueError(f'ssm_ratio {ssm_ratio} leaves no inner channel for dim {dim}.')
 
         self._build_scan_parameters(dd)
-        self.in_proj = Linear(dim, d_inner * (2 if gate else 1), bias=False, **dd)
+        self.in_proj = self._build_projection(dim, d_inner * (2 if gate else 1), dd)
         self.conv2d = (
             nn.Conv2d(d_inner, d_inner, kernel_size, padding=kernel_size // 2, groups=d_inner, bias=conv_bias, **dd)
             if kernel_size
@@ -95,8 +95,11 @@ class SS2D(nn.Module):
         self.gate_act = (act_layer() if gate_act else nn.Identity()) if gate else None
         self.out_norm = LayerNorm(d_inner, **dd) if out_norm else nn.Identity()
         self.out_act = out_act_layer() if out_act_layer is not None else nn.Identity()
-        self.out_proj = Linear(d_inner, dim, bias=False, **dd)
+        self.out_proj = self._build_projection(d_inner, dim, dd)
         self.reset_parameters()
+
+    def _build_projection(self, in_features: int, out_features: int, dd: dict) -> nn.Module:
+        return Linear(in_features, out_features, bias=False, **dd)
 
     def _build_scan_parameters(self, dd: dict) -> None:
         k, d, n, r = self.num_routes, self.d_inner, self.d_state, self.dt_rank
@@ -109,7 +112,7 @@ class SS2D(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the scan's own parameters; sub-modules have their own method."""
-        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        init_linear_weight_(self.x_proj_weight)
         init_dt_weight_(self.dt_projs_weight)
         init_dt_bias_(self.dt_projs_bias)
         init_A_log_(self.A_logs)
@@ -146,15 +149,18 @@ class SS2D(nn.Module):
         dt_bias: Tensor,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
+        # x [B, L, D] -> [B, L, D], summed over routes; or [B, L, K, D], one map a route -> [B, L, K, D]
         beyond = -x_proj_weight.shape[1] % 8
         if x.is_cuda and beyond:  # rows of a multiple of 16 bytes
             x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, beyond))
         parameters = (A, D, dt_weight, dt_bias)
+        if x.ndim == 4:
+            x_dbl = grouped_linear(x, x_proj_weight)  # [B, L, K, >= R + 2N]
+            return route_scan(x, x_dbl, *parameters, routes, merge=False, out_dtype=out_dtype)
         if routes.parts is not None:
-            x = split_map(x, routes)  # [B, L', K, D]
-            x_dbl = torch.bmm(x.flatten(0, 1).transpose(0, 1), x_proj_weight.mT)  # [K, B * L', >= R + 2N]
-            x_dbl = x_dbl.transpose(0, 1).unflatten(0, x.shape[:2])
-            y = route_scan(x, x_dbl, *parameters, routes.parts.routes, merge=False, out_dtype=out_dtype)
+            y = SS2D._scan_pass(
+                split_map(x, routes), routes.parts.routes, x_proj_weight, *parameters, out_dtype=out_dtype
+            )
             return join_map(y, routes)
         x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, >= R + 2N]
         return route_scan(x, x_dbl, *parameters, routes, out_dtype=out_dtype)
@@ -195,7 +201,7 @@ class SSD2D(SS2D):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the scan's own parameters; sub-modules have their own method."""
-        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        init_linear_weight_(self.x_proj_weight)
         nn.init.uniform_(self.dt_projs_bias, 0.0, 0.1)
         nn.init.zeros_(self.A_logs)
         nn.init.ones_(self.Ds)

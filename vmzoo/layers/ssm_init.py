@@ -47,6 +47,13 @@ def init_dt_weight_(weight: Tensor, scale: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
+def init_linear_weight_(weight: Tensor) -> Tensor:
+    """Fill weights [..., O, I] as ``nn.Linear`` does, uniformly in +-1 / sqrt(I)."""
+    bound = weight.shape[-1] ** -0.5
+    return nn.init.uniform_(weight, -bound, bound)
+
+
+@torch.no_grad()
 def init_A_log_(A_log: Tensor) -> Tensor:
     """Fill `A_log` [..., N] with log(1..N) for every channel (S4D-real)."""
     states = torch.arange(1, A_log.shape[-1] + 1, device=A_log.device, dtype=compute_dtype(A_log.dtype))

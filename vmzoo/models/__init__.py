@@ -1,7 +1,8 @@
 """Model families, one file each. Importing this package registers their models with timm, which has some itself."""
 
 from . import efficientvim, mambaout
+from .groupmamba import GroupMamba
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 
-__all__ = ['VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']
+__all__ = ['GroupMamba', 'VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']

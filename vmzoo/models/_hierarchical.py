@@ -66,6 +66,8 @@ class HierarchicalBackbone(nn.Module):
         patch_size: Stride of the stem.
         drop_rate: Dropout before the classifier.
         output_stride: Accepted for timm's sake: only the network's own stride is possible.
+        classifier: Head to use instead of a `NormPoolHead` (with what this class uses of that).
+        reductions: By how much each stage's map is smaller than the image, if not twice as much as that before it.
 
     Raises:
         ValueError: Another `output_stride`, or a classifier without pooling.
@@ -82,11 +84,13 @@ class HierarchicalBackbone(nn.Module):
         patch_size: int = 4,
         drop_rate: float = 0.0,
         output_stride: int | None = None,
+        classifier: nn.Module | None = None,
+        reductions: tuple[int, ...] | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        reductions = [patch_size * 2**i for i in range(len(layers))]
+        reductions = reductions or [patch_size * 2**i for i in range(len(layers))]
         if output_stride not in (None, reductions[-1]):
             raise ValueError(
                 f'output_stride must be {reductions[-1]} here, got {output_stride}: a scan cannot be dilated.'
@@ -100,7 +104,7 @@ class HierarchicalBackbone(nn.Module):
             {'num_chs': dim, 'reduction': reduction, 'module': f'layers.{i}.blocks'}
             for i, (dim, reduction) in enumerate(zip(dims, reductions))
         ]
-        self.classifier = NormPoolHead(
+        self.classifier = classifier or NormPoolHead(
             self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
         )
         self.head_hidden_size = self.classifier.num_features
@@ -133,7 +137,7 @@ class HierarchicalBackbone(nn.Module):
             'stem': r'^patch_embed',
             'blocks': [
                 (r'^layers\.(\d+)\.blocks\.(\d+)', None),
-                (r'^layers\.(\d+)\.(?:downsample|shortcut)', (99999,)),  # joins the last block of its stage
+                (r'^layers\.(\d+)\.(?:downsample|shortcut|norm)', (99999,)),  # joins the last block of its stage
                 (r'^classifier\.norm', (99999,)),
             ],
         }
