@@ -20,6 +20,17 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'a2mamba': """
+Neighbourhood attention in two windows, whose maps gather values, and then the states of a row-major scan. It runs in
+plain torch; `attn_backend='natten'` uses NATTEN 0.17 where that is installed (later versions have neither a relative
+bias nor attention in two steps). The windows of the last stage need 7x7 positions: images are at least 193 pixels a
+side. The last stage's full attention has a bias for `img_size`, which is resized for other sizes.
+
+For `a2mamba_base` the authors state 10.7 G multiply-accumulates: what an MLP ratio of 3 in the last two stages would
+cost. Their code has 3.75, with which the parameters are the 51 M that they state.
+
+**Licence of the weights: unknown.** The authors state none for code or weights. Ask them before use. The code here is
+Apache-2.0.""",
     'groupmamba': """
 Four stages whose token mixer scans a quarter of the channels in each of four directions, and multiplies the result with
 its input and with a gate that sees all channels. Every published model has two classifiers (`classifier.head`,

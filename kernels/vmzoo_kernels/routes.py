@@ -148,8 +148,8 @@ def _cached(name: str, height: int, width: int, device: torch.device) -> Routes:
         return _BUILDERS[name](_positions(height, width, device))
 
 
-def _cacheable(device: torch.device) -> bool:
-    # A table made under tracing, a fake-tensor mode or CUDA graph capture must not outlive it.
+def cacheable(device: torch.device) -> bool:
+    """Whether a table made now may be kept: one made under tracing, a fake-tensor mode or graph capture may not."""
     if torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor:
         return False
     return device.type != 'cuda' or not torch.cuda.is_current_stream_capturing()
@@ -183,7 +183,7 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     if height < 1 or width < 1:
         raise ValueError(f'routes need a map of at least 1x1 positions, got {height}x{width}')
     device = torch.device(device if device is not None else 'cpu')
-    if not _cacheable(device):
+    if not cacheable(device):
         return _BUILDERS[name](_positions(height, width, device))
     if device.type == 'cuda' and device.index is None:  # of several GPUs, the current one
         device = torch.device('cuda', torch.cuda.current_device())

@@ -5,6 +5,14 @@ Keys are names of families (the module that defines the model) or of single mode
 
 # Arguments that make a model small enough to run in every test, with everything that its published size has.
 SMALL = {
+    'a2mamba': {
+        'depths': (1, 1, 1, 1),
+        'embed_dim': 16,
+        'num_heads': 2,
+        'window_size': (3, 3, 3, 1),
+        'head_dim': 32,
+        'img_size': 64,
+    },
     'groupmamba': {'stem_dim': 8, 'depths': (1, 1, 1, 1), 'embed_dim': (16, 16, 32, 48), 'mlp_ratio': (2, 2, 2, 2)},
     'vmamba': {'depths': (1, 1, 2, 1), 'embed_dim': 16},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},

@@ -3,6 +3,7 @@
 from .head import DistilledHead, NormPoolHead
 from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
 from .mamba import MambaMixer, TokenPaths, VimBlock
+from .neighborhood_attention import check_attention_backend, na2d_av, na2d_qk
 from .norm import LayerNorm, RMSNorm
 from .patch import (
     ConvDownsample,
@@ -42,6 +43,7 @@ __all__ = [
     'VSSBlock',
     'VimBlock',
     'auto_dt_rank',
+    'check_attention_backend',
     'check_images',
     'compute_dtype',
     'grouped_linear',
@@ -50,6 +52,8 @@ __all__ = [
     'init_dt_weight_',
     'init_linear_weight_',
     'linear',
+    'na2d_av',
+    'na2d_qk',
     'scan_names',
     'to_channels_first',
     'to_channels_last',

@@ -19,6 +19,7 @@ class NormPoolHead(nn.Module):
         num_classes: Outputs; 0 for none.
         pool_type: One of timm's ('avg', 'max', 'avgmax', 'catavgmax'), or '' to leave the map as it is.
         drop_rate: Dropout before the classifier.
+        norm: What ends the features instead of a LayerNorm; it may change their number to `in_features`.
     """
 
     def __init__(
@@ -27,12 +28,13 @@ class NormPoolHead(nn.Module):
         num_classes: int,
         pool_type: str = 'avg',
         drop_rate: float = 0.0,
+        norm: nn.Module | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         self.in_features = in_features
-        self.norm = LayerNorm(in_features, float32=True, device=device, dtype=dtype)
+        self.norm = LayerNorm(in_features, float32=True, device=device, dtype=dtype) if norm is None else norm
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type, device=device, dtype=dtype)
 

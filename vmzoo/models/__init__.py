@@ -1,8 +1,9 @@
 """Model families, one file each. Importing this package registers their models with timm, which has some itself."""
 
 from . import efficientvim, mambaout
+from .a2mamba import A2Mamba
 from .groupmamba import GroupMamba
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 
-__all__ = ['GroupMamba', 'VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']
+__all__ = ['A2Mamba', 'GroupMamba', 'VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']

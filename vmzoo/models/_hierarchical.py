@@ -18,12 +18,18 @@ class Stage(nn.Module):
         blocks: Blocks on maps [B, H, W, C].
         downsample: [B, H, W, C] -> [B, H', W', C'], with a method `min_input`; None for no downsampling.
         shortcut: What to add to its result: a function of the stage's input; None for nothing.
+        min_size: Smallest side of a map that the blocks take.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None, shortcut: nn.Module | None = None
+        self,
+        blocks: Iterable[nn.Module],
+        downsample: nn.Module | None = None,
+        shortcut: nn.Module | None = None,
+        min_size: int = 1,
     ):
         super().__init__()
+        self.min_size = min_size
         self.grad_checkpointing = False
         self.blocks = nn.Sequential(*blocks)
         self.downsample = nn.Identity() if downsample is None else downsample
@@ -97,7 +103,6 @@ class HierarchicalBackbone(nn.Module):
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = dims[-1]
         self.patch_embed = patch_embed
         self.layers = nn.ModuleList(layers)
         self.feature_info = [
@@ -105,8 +110,9 @@ class HierarchicalBackbone(nn.Module):
             for i, (dim, reduction) in enumerate(zip(dims, reductions))
         ]
         self.classifier = classifier or NormPoolHead(
-            self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
+            dims[-1], num_classes, global_pool, drop_rate, device=device, dtype=dtype
         )
+        self.num_features = self.classifier.in_features
         self.head_hidden_size = self.classifier.num_features
 
     @torch.jit.ignore
@@ -161,11 +167,12 @@ class HierarchicalBackbone(nn.Module):
 
     @property
     def min_input_size(self) -> int:
-        """Smallest image side that leaves at least one position in the last stage."""
+        """Smallest image side that leaves every stage a map that it takes."""
         size = 1
         for stage in reversed(self.layers):
             if not isinstance(stage.downsample, nn.Identity):
                 size = stage.downsample.min_input(size)
+            size = max(size, stage.min_size)
         return self.patch_embed.min_input(size)
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -192,7 +199,8 @@ class HierarchicalBackbone(nn.Module):
         Args:
             x: Image [B, in_chans, H, W].
             indices: Stages to return: the last n if an integer, all if None.
-            norm: Apply the final norm to the last stage's features, the only ones it fits.
+            norm: Apply the final norm to the last stage's features, the only ones it fits; not one that changes their
+                number of channels.
             stop_early: Do not compute what follows the last of these stages.
             output_fmt: Layout of the stage features, 'NCHW' or 'NHWC'.
             intermediates_only: Return only the stage features.
@@ -202,6 +210,7 @@ class HierarchicalBackbone(nn.Module):
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        norm = norm and self.num_features == self.feature_info[-1]['num_chs']
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
         last = max_index if stop_early else len(self.layers) - 1
         intermediates = []
@@ -234,9 +243,11 @@ class HierarchicalBackbone(nn.Module):
             self.layers = self.layers[: max_index + 1]
             self.layers[-1].end()
             self.feature_info = self.feature_info[: max_index + 1]
-            self.num_features = self.classifier.in_features = self.feature_info[-1]['num_chs']
         if prune_norm or prune_end:
+            channels = self.feature_info[-1]['num_chs']
+            prune_end = prune_end or self.num_features != channels
             self.classifier.norm = nn.Identity()
+            self.num_features = self.classifier.in_features = channels
         if prune_head or prune_end:
             self.reset_classifier(0, '')
         return take_indices
