@@ -2,6 +2,7 @@
 
 from .backends import available_backends
 from .ops import route_scan, selective_scan
+from .projected import projected_scan
 from .routes import (
     Routes,
     gather_routes,
@@ -20,6 +21,7 @@ __all__ = [
     'get_routes',
     'join_map',
     'merge_routes',
+    'projected_scan',
     'route_names',
     'route_scan',
     'routes_from_table',

@@ -69,8 +69,15 @@ def _driver() -> ctypes.CDLL:
         driver = ctypes.CDLL('nvcuda.dll' if sys.platform == 'win32' else 'libcuda.so.1')
     except OSError as error:
         raise RuntimeError(f"NVIDIA's driver is missing: {error}") from None
-    driver.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return driver
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ('x', 'y', 'z', 'block_x', 'block_y', 'block_z', 'shared_bytes')),
+        *(('stream', ctypes.c_void_p), ('attributes', ctypes.c_void_p), ('num_attributes', ctypes.c_uint)),
+    )
 
 
 @functools.cache
@@ -252,7 +259,8 @@ class Kernel:
     def __init__(self, function: ctypes.c_void_p, index: int) -> None:
         self._function = function
         self._index = index
-        self._cuda_launch = _driver().cuLaunchKernel
+        self._cuda_launch = _driver().cuLaunchKernelEx
+        self._configs: dict[tuple, _LaunchConfig] = {}
         self.registers = self._attribute(_NUM_REGS)
         self.local_bytes = self._attribute(_LOCAL_SIZE_BYTES)
         self.shared_bytes = self._attribute(_SHARED_SIZE_BYTES)
@@ -278,13 +286,18 @@ class Kernel:
         Raises:
             RuntimeError: The driver refuses the launch.
         """
-        if torch.cuda.current_device() != self._index:
+        if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
                 return self.launch(grid, block, shared_bytes, params)
         stream = torch._C._cuda_getCurrentRawStream(self._index)
+        key = (grid, block, shared_bytes, stream)
+        config = self._configs.get(key)
+        if config is None:
+            if len(self._configs) == 4096:  # sizes without end
+                self._configs.clear()
+            config = self._configs[key] = _LaunchConfig(*(*grid, 1, 1)[:3], block, 1, 1, shared_bytes, stream)
         # The arguments are an array of pointers, here of one: that to the bytes
-        arguments = ctypes.byref(ctypes.c_char_p(params))
-        launch = (self._function, *(*grid, 1, 1)[:3], block, 1, 1, shared_bytes, stream, arguments, None)
+        launch = (ctypes.byref(config), self._function, ctypes.byref(ctypes.c_char_p(params)), None)
         error = self._cuda_launch(*launch)
         if error == _INVALID_CONTEXT:  # a thread that did not use the device before
             _driver_call('cuCtxSetCurrent', _device(self._index)[1])

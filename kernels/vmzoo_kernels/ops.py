@@ -20,7 +20,7 @@ from .common import STATE_INTERVAL, ScanInputs, compute_dtype, runs_plainly, sta
 from .routes import Routes, get_routes
 
 
-def _empty_outputs(
+def empty_outputs(
     x: Tensor, A: Tensor, gather: Tensor, segment: int, reduce: bool, out_dtype: torch.dtype, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, last states [B, K, S, D, N], and the states that the backward pass of ``backend`` wants kept."""
@@ -62,7 +62,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
-    out, last, states = _empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
+    out, last, states = empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
     inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment)
     if backend == 'cuda':
         cuda_scan.forward(inputs, out, last, states)
@@ -99,7 +99,7 @@ def _(
     save_states,
     backend,
 ):
-    return _empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
+    return empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
 
 
 def _backward(
@@ -280,7 +280,7 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> 
         raise TypeError(f'{name} should be real floating point, got {tensor.dtype}')
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether gradients may be asked for; refuses forward-mode ones, which torch would silently drop."""
     given = [v for v in tensors if v is not None]
     forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
@@ -381,7 +381,7 @@ def route_scan(
     _expect('D', D, (num_routes, dim), '[K, D]')
     _expect('dt_weight', dt_weight, (num_routes, dim, rank), '[K, D, R]')
     _expect('dt_bias', dt_bias, (num_routes, dim), '[K, D]')
-    flowing = _flowing_dtype(x)
+    flowing = flowing_dtype(x)
     out_dtype = out_dtype or flowing
     segment = 0 if segment is None else _segment_steps(segment, routes.gather.shape[2])
     unfit = _ONE_WAY if segment else cuda_scan.why_not(flowing, out_dtype, dim, d_state, rank, routes.complete)
@@ -395,12 +395,12 @@ def route_scan(
         segment,
         merge,
         out_dtype,
-        _needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
+        needs_grad(x, x_dbl, A, D, dt_weight, dt_bias),
         resolve_backend(backend, x.device, x.dtype, unfit, _unfit_triton(segment) if segment else None),
     )[0]
 
 
-def _flowing_dtype(x: Tensor) -> torch.dtype:
+def flowing_dtype(x: Tensor) -> torch.dtype:
     """dtype in which ``x`` reaches the operator."""
     if x.dtype != torch.float64 and x.device.type in ('cpu', 'cuda') and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
@@ -520,8 +520,8 @@ def selective_scan(
         delta_softplus,
         segment,
         False,
-        _flowing_dtype(u),
-        _needs_grad(u, delta, A, B, C, D, delta_bias),
+        flowing_dtype(u),
+        needs_grad(u, delta, A, B, C, D, delta_bias),
         backend,
     )
     y = y.permute(0, 2, 3, 1).flatten(1, 2)

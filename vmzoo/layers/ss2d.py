@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmzoo_kernels import Routes, get_routes, join_map, route_names, route_scan, split_map
+from vmzoo_kernels import Routes, get_routes, join_map, projected_scan, route_names, route_scan, split_map
 from vmzoo_kernels.layer_norm import layer_norm
 
 from .linear import Linear, grouped_linear, linear
@@ -125,17 +125,16 @@ class SS2D(nn.Module):
         return A, self.Ds.to(dtype).unflatten(0, (k, -1)), self.dt_projs_weight, self.dt_projs_bias.to(dtype)
 
     def _scan_map(self, x: Tensor, height: int, width: int) -> Tensor:
-        # x [B, L, D] -> [B, L, D], float32 for float16 input: the sum over routes overflows float16
-        out_dtype = torch.float32 if x.dtype == torch.float16 else None
+        # x [B, L, D] -> [B, L, D]
         routes = [get_routes(name, height, width, device=x.device) for name in self.passes]
         parameters = (self.x_proj_weight, *self.scan_parameters())
         if len(routes) == 1:
-            return self._scan_pass(x, routes[0], *parameters, out_dtype=out_dtype)
+            return self._scan_pass(x, routes[0], *parameters)
         y = x
         for i, route in enumerate(routes):
             y = layer_norm(y, out_dtype=x.dtype)
             k = route.num_routes
-            y = self._scan_pass(y, route, *(p[i * k : (i + 1) * k] for p in parameters), out_dtype=out_dtype)
+            y = self._scan_pass(y, route, *(p[i * k : (i + 1) * k] for p in parameters))
         return y
 
     @staticmethod
@@ -147,23 +146,22 @@ class SS2D(nn.Module):
         D: Tensor,
         dt_weight: Tensor,
         dt_bias: Tensor,
-        out_dtype: torch.dtype | None,
     ) -> Tensor:
         # x [B, L, D] -> [B, L, D], summed over routes; or [B, L, K, D], one map a route -> [B, L, K, D]
-        beyond = -x_proj_weight.shape[1] % 8
-        if x.is_cuda and beyond:  # rows of a multiple of 16 bytes
-            x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, beyond))
         parameters = (A, D, dt_weight, dt_bias)
         if x.ndim == 4:
+            if x.is_cuda:  # rows of a multiple of 16 bytes
+                x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
             x_dbl = grouped_linear(x, x_proj_weight)  # [B, L, K, >= R + 2N]
-            return route_scan(x, x_dbl, *parameters, routes, merge=False, out_dtype=out_dtype)
+            return route_scan(x, x_dbl, *parameters, routes, merge=False)
         if routes.parts is not None:
-            y = SS2D._scan_pass(
-                split_map(x, routes), routes.parts.routes, x_proj_weight, *parameters, out_dtype=out_dtype
+            return join_map(
+                SS2D._scan_pass(split_map(x, routes), routes.parts.routes, x_proj_weight, *parameters), routes
             )
-            return join_map(y, routes)
-        x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, >= R + 2N]
-        return route_scan(x, x_dbl, *parameters, routes, out_dtype=out_dtype)
+        if x.is_cuda:
+            return projected_scan(x, x_proj_weight, *parameters, routes)
+        x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
+        return route_scan(x, x_dbl, *parameters, routes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map [B, H, W, C] of any size into one of the same shape."""

@@ -103,7 +103,7 @@ class GroupSS2D(SS2D):
         # x [B, L, C] -> [B, L, C]
         routes = get_routes(self.scan, height, width, device=x.device)
         x = x.unflatten(-1, (_NUM_GROUPS, -1))  # [B, L, K, D]
-        return self._scan_pass(x, routes, self.x_proj_weight, *self.scan_parameters(), out_dtype=None).flatten(2)
+        return self._scan_pass(x, routes, self.x_proj_weight, *self.scan_parameters()).flatten(2)
 
 
 class ModulatedGroupMixer(nn.Module):

@@ -38,6 +38,12 @@ __device__ __forceinline__ float rcp(float x) {
 }
 
 // The same number, but the compiler does not know it.
+__device__ __forceinline__ float opaque(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+
+// The same number, but the compiler does not know it.
 __device__ __forceinline__ unsigned long long opaque(unsigned long long x) {
     asm volatile("" : "+l"(x));
     return x;
@@ -227,6 +233,13 @@ __device__ __forceinline__ void cp_async8(void* smem, const void* global) {
 
 __device__ __forceinline__ void cp_async4(void* smem, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(smem)), "l"(global) : "memory");
+}
+
+// Zeros if there is nothing to copy.
+__device__ __forceinline__ void cp_async16_or_zero(void* smem, const void* global, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(global),
+                 "r"(there ? 16 : 0)
+                 : "memory");
 }
 
 // Ends a group of copies.

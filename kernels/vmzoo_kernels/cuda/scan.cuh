@@ -1,38 +1,67 @@
-// What the forward and the backward scan share: how a warp holds a tile of a route, and how states pass along it.
+// What the forward and the backward scan share: how a warp holds a tile of a route.
 //
-// A unit is one batch item and CHANNELS = 16 channels, scanned by W warps that take the tiles of a route in turn. A
-// tile is 8 x STEPS steps. Lane (g, c) of a warp, g = lane / 4 and c = lane % 4, holds STEPS consecutive steps and the
-// channels 4 c .. 4 c + 3: exactly what the matrix unit hands it when the rows of a product are steps in a suitable
-// order. So raw step sizes come from the matrix unit, a thread scans its steps in registers, the 8 groups of a warp are
-// joined by shuffles, and the warps hand the state on through shared memory.
+// A warp walks a segment of one route of one batch item in tiles of 16 steps, a lane a channel: what follows one step
+// after another stays in a lane's registers, and no two warps wait for each other. What is a matrix product (step sizes
+// from low-rank dt, gradients of dt and its weights, sums over channels) goes through the matrix unit by way of shared
+// memory, where the layouts of lanes and products meet. Rows of x, of [dt | B | C] and of dy are fetched tiles ahead.
 //
-// While a warp works a tile it loads the projected rows of the next one into shared memory.
+// Shared memory belongs to a warp alone. Outputs of routes that are summed go to memory apart; sum_routes adds them.
 //
-// Defined by the launcher: IO (half_t or bfloat_t, dtype of what flows), RANK, D_STATE, WORDS (32-bit words of a
-// projected row that a lane loads); by the kernel: HALVES (it works at half of the channels at a time).
+// Defined by the launcher: IO (half_t or bfloat_t, dtype of what flows), RANK, D_STATE, WARPS and BLOCKS (warps of a
+// block, blocks of a multiprocessor), SAME_TABLE (gather and merge are one table), SEQUENCES (a route has several, each
+// from a state of zero), SUMMARY (only find what each segment does to the state).
 
-constexpr int STEPS = 7;
-constexpr int GROUPS = 8;
-constexpr int TILE = GROUPS * STEPS;
-constexpr int CHANNELS = 16;
-constexpr int MMA_ROWS = (STEPS + 1) / 2;
-constexpr int CHUNK = WORDS < 4 ? WORDS : 4;  // words of one load
-constexpr int ROW_COLUMNS = D_STATE == 1 ? RANK + 2 : RANK;
-constexpr int ROW_WORDS = (ROW_COLUMNS + 8 * CHUNK - 1) / (8 * CHUNK) * CHUNK;  // that a lane keeps in registers
+constexpr int STEPS = 16;     // of a tile
+constexpr int CHANNELS = 32;  // of a warp
+constexpr int SLOTS = 3;      // tiles in shared memory: the one that is worked at and those on the way
+constexpr int WIDTH = RANK + 2 * D_STATE;
+constexpr int ROW_CHUNKS = (WIDTH + 7) / 8;  // 16 bytes each
+constexpr int ROW_PITCH = ROW_CHUNKS | 1;    // chunks; odd, for ldmatrix without bank conflicts
+constexpr int RANK_CHUNKS = (RANK + 7) / 8;
+constexpr int STEP_PITCH = STEPS + 4;  // floats of a channel in `Exchange`
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned FULL = 0xffffffffu;
 
-// Column of a projected row [dt | B | C] that is in the low half of a lane's word.
-__device__ __forceinline__ constexpr int column(int c, int word) {
-    return word / CHUNK * (8 * CHUNK) + c * (2 * CHUNK) + word % CHUNK * 2;
-}
-// And back: the lane, and the word, that hold a column.
-__device__ __forceinline__ constexpr int lane_of(int col) { return col % (8 * CHUNK) / (2 * CHUNK); }
-__device__ __forceinline__ constexpr int word_of(int col) { return col / (8 * CHUNK) * CHUNK + col % (2 * CHUNK) / 2; }
+// A scan, and what of it a launch does. Strides over positions are bytes, all others elements.
+struct Scan {
+    const IO* x;          // [B, L, D] or [B, L, K, D]
+    const IO* rows;       // [B, L, K, R + 2 N], dt | B | C
+    const float* A;       // [K, D, N]
+    const float* D;       // [K, D], or null
+    const float* weight;  // [K, D, R]
+    const float* bias;    // [K, D], or null
+    const int* gather;    // [K, steps], -1: nothing is read
+    const int* merge;     // [K, steps], -1: nothing is written
+    float* segment_states;  // [B, K, segments, N, D], or null
+    float* segment_deltas;  // [B, K, segments, D]
+    long long x_b, rows_b;
+    int x_l, x_k, rows_l, rows_k;
+    int positions, steps, sequence, dim, num_routes, batch;
+    int blocks, items;                // channel blocks; batch items of a warp, one after the other
+    int segment_steps, num_segments;  // a multiple of STEPS
+};
 
-// softplus to a relative error of 2e-6: log1p(e) / e is a minimax polynomial on [0, 1].
-__device__ __forceinline__ float softplus(float x) {
-    float e = ex2(-fabsf(x * LOG2E));
+// What a warp works at: 32 channels of a segment of a route, of some batch items.
+struct Task {
+    int block, k, segment, first_item, items, part;  // part: of those with the same channels and route
+    int begin, length, tiles;
+
+    __device__ __forceinline__ explicit Task(const Scan& p) {
+        int i = blockIdx.x * WARPS + (threadIdx.x >> 5);
+        block = i % p.blocks, i /= p.blocks;
+        k = i % p.num_routes, part = i / p.num_routes;
+        segment = part % p.num_segments;
+        first_item = part / p.num_segments * p.items;
+        items = min(p.items, p.batch - first_item);
+        begin = segment * p.segment_steps;
+        length = min(p.segment_steps, p.steps - begin);
+        tiles = (length + STEPS - 1) / STEPS;
+    }
+};
+
+// softplus to a relative error of 2e-6: log1p(e) / e is a minimax polynomial on [0, 1]. e is exp(-|x|).
+__device__ __forceinline__ float softplus(float x, float& e) {
+    e = ex2(-fabsf(x * LOG2E));
     float p = 0.014140999875962734f;
     p = fmaf(p, e, -0.06640172749757767f);
     p = fmaf(p, e, 0.14922378957271576f);
@@ -42,6 +71,9 @@ __device__ __forceinline__ float softplus(float x) {
     p = fmaf(p, e, 0.9999987483024597f);
     return fmaf(p, e, fmaxf(x, 0.0f));
 }
+
+// Its derivative.
+__device__ __forceinline__ float sigmoid(float x, float e) { return (x < 0.0f ? e : 1.0f) * rcp(1.0f + e); }
 
 // What is `i` rows of `stride` bytes after `base`.
 template <typename T>
@@ -55,259 +87,205 @@ __device__ __forceinline__ T* pinned(T* address) {
     return reinterpret_cast<T*>(opaque(reinterpret_cast<unsigned long long>(address)));
 }
 
-struct Lane {
-    int g, c;
-    __device__ __forceinline__ Lane() : g((threadIdx.x & 31) >> 2), c(threadIdx.x & 3) {}
+// The positions of a tile's steps, which fetches and stores need as rows of chunks: step 8 j + lane / 4 is in at[j] of
+// each of four lanes. -1 beyond the end.
+struct Positions {
+    int at[2];
+
+    // From a table with the lane's own first step in front, of a tile whose first step has `left` steps to come.
+    __device__ __forceinline__ void load(const int* table, int left, int lane) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) at[j] = 8 * j + (lane >> 2) < left ? ldg(table + 8 * j) : -1;
+    }
+
+    // Of a step of each lane's choice, of which SIDE (a power of two) chunks lie side by side: i = step SIDE + chunk.
+    template <int SIDE>
+    __device__ __forceinline__ int of(int j, int lane) const {
+        if (SIDE == 4) return at[j];
+        if (SIDE > 4) {
+            const int first = 32 / SIDE * j;
+            return __shfl_sync(FULL, at[first / 8], 4 * (first % 8 + lane / SIDE));
+        }
+        const int step = (32 * j + lane) / SIDE;
+        const int low = __shfl_sync(FULL, at[0], 4 * step & 31), high = __shfl_sync(FULL, at[1], 4 * step & 31);
+        return step < 8 ? low : high;
+    }
 };
 
-// The channel of column n of matrix tile j: a lane has four neighbours, or (HALVES) two of each half of the unit.
-__device__ __forceinline__ int channel_of(int j, int n) { return HALVES ? 8 * j + n : 4 * (n >> 1) + 2 * j + (n & 1); }
+// Fetches rows of CHUNKS chunks of 16 bytes, one a step, to shared memory with a pitch of PITCH chunks. Those of no
+// position, and chunks from `valid` on, are zero.
+template <int CHUNKS, int PITCH>
+struct Stream {
+    static constexpr int SIDE = CHUNKS > 8 ? 16 : CHUNKS > 4 ? 8 : CHUNKS > 2 ? 4 : CHUNKS;
+    const uint4* from;  // the lane's chunk of position 0 of the batch item
+    int stride;         // bytes
+    bool valid;
 
-// dt_weight of the unit's channels as the second operand of a product over dt.
+    __device__ __forceinline__ Stream(const void* first, int stride, int valid, int lane)
+        : from(pinned(static_cast<const uint4*>(first) + lane % SIDE)), stride(stride), valid(lane % SIDE < valid) {}
+
+    __device__ __forceinline__ void fetch(uint4* to, const Positions& positions, int lane) const {
+        to += lane / SIDE * PITCH + lane % SIDE;
+#pragma unroll
+        for (int j = 0; j < (STEPS * SIDE + 31) / 32; j++) {
+            const int position = positions.of<SIDE>(j, lane);
+            if (STEPS * SIDE < 32 && lane >= STEPS * SIDE) continue;
+            if (SIDE != CHUNKS && lane % SIDE >= CHUNKS) continue;
+            cp_async16_or_zero(to + 32 / SIDE * j * PITCH, at(from, max(position, 0), stride), position >= 0 && valid);
+        }
+    }
+
+    template <typename T>
+    __device__ __forceinline__ void next_item(long long elements) {
+        from = pinned(reinterpret_cast<const uint4*>(reinterpret_cast<const T*>(from) + elements));
+    }
+};
+
+// A tile of 32 channels of T, a row a step, back to memory.
+template <typename T>
+__device__ __forceinline__ void store_tile(T* to, const T* tile, int stride, const Positions& positions, int valid,
+                                           int lane) {
+    constexpr int CHUNKS = CHANNELS * sizeof(T) / 16;
+#pragma unroll
+    for (int j = 0; j < STEPS * CHUNKS / 32; j++) {
+        const int step = (32 * j + lane) / CHUNKS, chunk = lane % CHUNKS;
+        const int position = positions.of<CHUNKS>(j, lane);
+        if (position < 0 || chunk >= valid) continue;
+        reinterpret_cast<uint4*>(at(to, position, stride))[chunk] =
+            reinterpret_cast<const uint4*>(tile)[step * CHUNKS + chunk];
+    }
+}
+
+// dt_weight and dt_bias of the warp's channels as the first operand of a product over dt, [channels, R].
 struct Weights {
-    unsigned b[2][ROW_WORDS];
+    unsigned a[2][RANK_CHUNKS][2];
     float bias[2][4];  // where the product starts from
 
-    // dt_weight [16, R] and dt_bias [16] (or null) of the unit's channels.
-    __device__ __forceinline__ void load(const float* weight, const float* dt_bias, Lane lane) {
+    // dt_weight [D, R] and dt_bias [D] (or null) from the warp's first channel on, of which so many are there.
+    __device__ __forceinline__ void load(const float* weight, const float* dt_bias, int channels, int lane) {
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int m = 0; m < 2; m++) {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                bias[j][e] = dt_bias == nullptr ? 0.0f : ldg(dt_bias + channel_of(j, 2 * lane.c + e));
-                // The same, but the compiler does not know it, and keeps the four registers that a product starts from.
-                bias[j][2 + e] = __shfl_xor_sync(FULL, __shfl_xor_sync(FULL, bias[j][e], 1), 1);
-            }
-            const float* row = weight + channel_of(j, lane.g) * RANK;
+            for (int row = 0; row < 2; row++) {
+                const int channel = 16 * m + 8 * row + (lane >> 2);
+                const bool there = channel < channels;
 #pragma unroll
-            for (int i = 0; i < ROW_WORDS; i++) {
-                int r = column(lane.c, i);
-                float lo = r < RANK ? row[r] : 0.0f, hi = r + 1 < RANK ? row[r + 1] : 0.0f;
-                b[j][i] = pack2<IO>(lo, hi);
-            }
-        }
-    }
-};
-
-// What a block works at of a route: a segment of its steps. Segments of every other route can be mirrored, so that a
-// route and its reverse, one after the other, meet the same positions.
-struct Range {
-    int k, i_segment, begin, length, tiles;
-
-    template <typename P>
-    __device__ __forceinline__ Range(const P& p, int i_route, int segment) {
-        k = p.first_route + i_route * p.route_step;
-        const bool reverse = p.mirrored && (i_route & 1);
-        const int start = segment * p.segment_steps, end = min(start + p.segment_steps, p.steps);
-        i_segment = reverse ? p.num_segments - 1 - segment : segment;
-        begin = reverse ? p.steps - end : start;
-        length = end - start;
-        tiles = (length + TILE - 1) / TILE;
-    }
-};
-
-// A warp's place in its work: routes, batch items, and its turns at the tiles of a route.
-struct Place {
-    int i_route, item, turn;
-
-    template <typename P>
-    __device__ __forceinline__ Place next(const P& p, int items, int tiles, int warp) const {
-        Place to = {i_route, item, turn + p.warps};
-        if (to.turn < tiles) return to;
-        to.turn = warp;
-        if (++to.item == items) to.item = 0, to.i_route++;
-        return to;
-    }
-
-    template <typename P>
-    __device__ __forceinline__ bool exists(const P& p) const {
-        return i_route < p.route_count;
-    }
-};
-
-// Positions of a lane's steps, -1 past the end.
-__device__ __forceinline__ void load_positions(int (&pos)[STEPS], const int* table, int t0, int length) {
-    const int* p = table + t0;
+                for (int e = 0; e < 2; e++) {
+                    bias[m][2 * row + e] = there && dt_bias != nullptr ? ldg(dt_bias + channel) : 0.0f;
+                    // Four registers that a product can start from: the compiler would make them anew for each.
+                    bias[m][2 * row + e] = opaque(bias[m][2 * row + e]);
+                }
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        pos[s] = -1;
-        if (t0 + s < length) pos[s] = ldg(p + s);
-    }
-}
-
-// Rows [dt | B | C] of a tile in shared memory, in the words that each lane loads; zero where there is no position.
-struct Rows {
-    unsigned* memory;  // [STEPS, WORDS / CHUNK, 32, CHUNK] of the warp
-    int lane;
-
-    __device__ __forceinline__ unsigned* chunk(int s, int i, int of) const {
-        return memory + ((s * (WORDS / CHUNK) + i) * 32 + of) * CHUNK;
-    }
-
-    // From `rows`, where a lane's first word of position 0 is; a row has room for so many columns more.
-    __device__ __forceinline__ void fetch(const IO* rows, int stride, const int (&pos)[STEPS], int room) const {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const IO* row = at(rows, max(pos[s], 0), stride);
-#pragma unroll
-            for (int i = 0; i < WORDS / CHUNK; i++) {
-                unsigned* to = chunk(s, i, lane);
-                const IO* from = row + column(0, i * CHUNK);
-                if (pos[s] >= 0 && (WORDS <= 4 || column(0, i * CHUNK) < room)) {
-                    if (CHUNK == 1) cp_async4(to, from);
-                    if (CHUNK == 2) cp_async8(to, from);
-                    if (CHUNK == 4) cp_async16(to, from);
-                } else {
-#pragma unroll
-                    for (int w = 0; w < CHUNK; w++) to[w] = 0u;
+                for (int i = 0; i < RANK_CHUNKS; i++) {
+                    const int r = 8 * i + 2 * (lane & 3);
+                    const float* v = weight + channel * RANK + r;
+                    a[m][i][row] = pack2<IO>(there && r < RANK ? ldg(v) : 0.0f,
+                                             there && r + 1 < RANK ? ldg(v + 1) : 0.0f);
                 }
             }
         }
-        cp_async_commit();
-    }
-
-    __device__ __forceinline__ void read(unsigned (&row)[STEPS][ROW_WORDS]) const {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) read(row[s], s);
-    }
-
-    __device__ __forceinline__ void read(unsigned (&row)[ROW_WORDS], int s) const {
-#pragma unroll
-        for (int i = 0; i < ROW_WORDS / CHUNK; i++) {
-            const unsigned* from = chunk(s, i, lane);
-            if (CHUNK == 1) row[i] = *from;
-            if (CHUNK == 2) {
-                uint2 v = *reinterpret_cast<const uint2*>(from);
-                row[2 * i] = v.x, row[(2 * i + 1) % ROW_WORDS] = v.y;
-            }
-            if (CHUNK == 4) {
-                uint4 v = *reinterpret_cast<const uint4*>(from);
-                row[4 * i] = v.x, row[(4 * i + 1) % ROW_WORDS] = v.y;
-                row[(4 * i + 2) % ROW_WORDS] = v.z, row[(4 * i + 3) % ROW_WORDS] = v.w;
-            }
-        }
-    }
-
-    // One column, which any lane of the group may have fetched.
-    __device__ __forceinline__ float value(int s, int col) const {
-        const IO* words = reinterpret_cast<const IO*>(chunk(s, col / (8 * CHUNK), (lane & ~3) | lane_of(col)));
-        return to_float(words[col % (2 * CHUNK)]);
     }
 };
 
-// raw[s][e] = bias + dt . weight for a lane's steps s and its two channels of a matrix tile.
-__device__ __forceinline__ void project(float (&raw)[2 * MMA_ROWS][2], const unsigned (&rows)[STEPS][ROW_WORDS],
-                                        const unsigned (&weights)[ROW_WORDS], const float (&bias)[4]) {
-#pragma unroll
-    for (int m = 0; m < MMA_ROWS; m++) {
-        const bool second = 2 * m + 1 < STEPS;
-        float d[4];
-        if (ROW_WORDS == 1) {
-            const unsigned a[2] = {rows[2 * m][0], second ? rows[(2 * m + 1) % STEPS][0] : 0u};
-            mma_k8<IO>(d, a, weights[0], bias);
-        }
-#pragma unroll
-        for (int i = 0; i < ROW_WORDS / 2; i++) {
-            if (column(0, 2 * i) >= RANK) continue;  // no lane's words hold dt
-            const unsigned a[4] = {rows[2 * m][2 * i], second ? rows[(2 * m + 1) % STEPS][2 * i] : 0u,
-                                   rows[2 * m][(2 * i + 1) % ROW_WORDS],
-                                   second ? rows[(2 * m + 1) % STEPS][(2 * i + 1) % ROW_WORDS] : 0u};
-            const unsigned b[2] = {weights[2 * i], weights[(2 * i + 1) % ROW_WORDS]};
-            if (i == 0) {
-                mma_k16<IO>(d, a, b, bias);
-            } else {
-                mma_k16<IO>(d, a, b, d);
-            }
-        }
-        raw[2 * m][0] = d[0], raw[2 * m][1] = d[1], raw[2 * m + 1][0] = d[2], raw[2 * m + 1][1] = d[3];
-    }
-}
+// Values of a tile, on their way from the layout of products to that of the scan: a lane its channel's steps.
+struct Exchange {
+    float* memory;  // [CHANNELS, STEP_PITCH]
 
-// A column of the rows, for all lanes of a group, from the lane that loaded it.
-template <int COLUMN>
-__device__ __forceinline__ float broadcast(const unsigned (&row)[ROW_WORDS], int lane) {
-    unsigned w = __shfl_sync(FULL, row[word_of(COLUMN) % ROW_WORDS], (lane & ~3) | lane_of(COLUMN));
-    float2 v = unpack2<IO>(w);
-    return COLUMN % 2 ? v.y : v.x;
-}
-
-// Affine maps h -> a h + b of every group's steps, for Q channels. After `scan`, a lane holds the map of all groups
-// before its own (in REVERSE: after), and `total` that of the whole tile.
-template <int Q>
-struct Maps {
-    float a[Q], b[Q];
-
-    template <bool REVERSE>
-    __device__ __forceinline__ Maps scan(Lane lane) {
-        int place = REVERSE ? GROUPS - 1 - lane.g : lane.g;
+    // bias + dt . weight, from rows in shared memory.
+    __device__ __forceinline__ void project(const Weights& weights, const uint4* rows, int lane) const {
+        float d[2][2][4];  // channels, steps
+        // Matrices in the order (steps 0-7, chunk i), (steps 0-7, i + 1), (steps 8-15, i), (steps 8-15, i + 1)
+        rows += ((lane & 7) + (lane & 16) / 2) * ROW_PITCH;
 #pragma unroll
-        for (int d = 1; d < GROUPS; d *= 2) {
+        for (int i = 0; i < RANK_CHUNKS; i += 2) {
+            unsigned b[4];
+            ldmatrix_x4(b, rows + i + (i + 1 < RANK_CHUNKS ? lane >> 3 & 1 : 0));
 #pragma unroll
-            for (int q = 0; q < Q; q++) {
-                float a0 = REVERSE ? __shfl_down_sync(FULL, a[q], 4 * d) : __shfl_up_sync(FULL, a[q], 4 * d);
-                float b0 = REVERSE ? __shfl_down_sync(FULL, b[q], 4 * d) : __shfl_up_sync(FULL, b[q], 4 * d);
-                if (place >= d) {
-                    b[q] = fmaf(a[q], b0, b[q]);
-                    a[q] *= a0;
+            for (int m = 0; m < 2; m++) {
+                const unsigned(*a)[2] = weights.a[m] + i;
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float(&so_far)[4] = d[m][n];
+                    const float(&start)[4] = i == 0 ? weights.bias[m] : so_far;
+                    if (i + 1 < RANK_CHUNKS) {
+                        const unsigned a4[4] = {a[0][0], a[0][1], a[1][0], a[1][1]}, b2[2] = {b[2 * n], b[2 * n + 1]};
+                        mma_k16<IO>(d[m][n], a4, b2, start);
+                    } else {
+                        mma_k8<IO>(d[m][n], a[0], b[2 * n], start);
+                    }
                 }
             }
         }
-        Maps total = *this;  // complete in the last group alone
+        float* first = memory + (lane >> 2) * STEP_PITCH + 2 * (lane & 3);
 #pragma unroll
-        for (int q = 0; q < Q; q++) {
-            float a0 = REVERSE ? __shfl_down_sync(FULL, a[q], 4) : __shfl_up_sync(FULL, a[q], 4);
-            float b0 = REVERSE ? __shfl_down_sync(FULL, b[q], 4) : __shfl_up_sync(FULL, b[q], 4);
-            a[q] = place > 0 ? a0 : 1.0f;
-            b[q] = place > 0 ? b0 : 0.0f;
+        for (int m = 0; m < 2; m++) {
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    *reinterpret_cast<float2*>(first + (16 * m + 8 * row) * STEP_PITCH + 8 * n) =
+                        make_float2(d[m][n][2 * row], d[m][n][2 * row + 1]);
+                }
+            }
         }
-        return total;
     }
-};
 
-__device__ __forceinline__ float sum_groups(float v) {
+    __device__ __forceinline__ void read(float (&v)[STEPS], int lane) const {
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) v += __shfl_xor_sync(FULL, v, step);
-    return v;
-}
-
-__device__ __forceinline__ void set(float (&v)[2], float2 from) { v[0] = from.x, v[1] = from.y; }
-__device__ __forceinline__ float2 get(const float (&v)[2]) { return make_float2(v[0], v[1]); }
-__device__ __forceinline__ void set(float (&v)[4], float4 from) {
-    v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w;
-}
-__device__ __forceinline__ float4 get(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
-
-// How warps hand a state on: for each of COUNT states every warp has a mailbox, which the warp of the next tile
-// empties. Whoever waits sleeps: polling would take the issue slots of those that work.
-template <int COUNT, typename Vector>
-struct Mail {
-    Vector* boxes;                // [COUNT, W, 4]
-    unsigned long long* arrived;  // [COUNT, W] barriers, one phase a message
-    int warp, warps;
-
-    static constexpr int SIZE = COUNT * (4 * sizeof(Vector) + 8);  // bytes of a warp
-
-    __device__ __forceinline__ Mail(void* memory, int warp, int warps)
-        : boxes(static_cast<Vector*>(memory)),
-          arrived(reinterpret_cast<unsigned long long*>(boxes + 4 * COUNT * warps)),
-          warp(warp),
-          warps(warps) {}
-
-    __device__ __forceinline__ void start(int lane) {
-        for (int n = lane; n < COUNT; n += 32) mbarrier_init(arrived + n * warps + warp, 4);
-    }
-
-    // The sender's messages so far, of each state, are the receiver's `before`.
-    __device__ __forceinline__ void receive(float (&h)[sizeof(Vector) / 4], int n, int c, unsigned before) const {
-        const int from = warp == 0 ? warps - 1 : warp - 1;
-        mbarrier_wait(arrived + n * warps + from, before & 1);
-        set(h, boxes[4 * (n * warps + from) + c]);
-        __syncwarp();  // once one lane hands on, the sender may get to its next message: all must have read this one
-    }
-
-    // By the four lanes of one group.
-    __device__ __forceinline__ void send(const float (&h)[sizeof(Vector) / 4], int n, int c) const {
-        boxes[4 * (n * warps + warp) + c] = get(h);
-        mbarrier_arrive(arrived + n * warps + warp);
+        for (int i = 0; i < STEPS / 4; i++) {
+            const float4 four = reinterpret_cast<const float4*>(memory + lane * STEP_PITCH)[i];
+            v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+        }
     }
 };
+
+// B and C of a tile as floats, for all lanes to read at once.
+struct Inputs {
+    float* memory;  // [N, 2, STEPS]
+
+    __device__ __forceinline__ void convert(const uint4* rows, int lane) const {
+#pragma unroll
+        for (int j = 0; j < 2 * D_STATE * STEPS / 32; j++) {
+            const int step = lane % STEPS, which = 2 * j + lane / STEPS;  // column of B and C
+            const IO* row = reinterpret_cast<const IO*>(rows + step * ROW_PITCH);
+            const int n = which % D_STATE, of_C = which / D_STATE;
+            memory[(2 * n + of_C) * STEPS + step] = to_float(row[RANK + which]);
+        }
+    }
+
+    // Of steps 4 i .. 4 i + 3.
+    __device__ __forceinline__ void read(float (&v)[4], int n, bool of_C, int i) const {
+        const float4 four = reinterpret_cast<const float4*>(memory + (2 * n + of_C) * STEPS)[i];
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    }
+};
+
+// A lane's channel of a tile in shared memory.
+template <typename T>
+__device__ __forceinline__ void read_tile(float (&v)[STEPS], const uint4* tile, int lane) {
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) v[s] = to_float(reinterpret_cast<const T*>(tile)[s * CHANNELS + lane]);
+}
+
+// One value of each state, in a register if there is one, else in shared memory.
+struct States {
+    float own;
+    float* memory;  // [N, 32]
+
+    __device__ __forceinline__ float get(int n, int lane) const { return D_STATE == 1 ? own : memory[32 * n + lane]; }
+    __device__ __forceinline__ void set(int n, int lane, float v) {
+        if (D_STATE == 1) {
+            own = v;
+        } else {
+            memory[32 * n + lane] = v;
+        }
+    }
+};
+constexpr int STATES_SIZE = D_STATE == 1 ? 0 : 32 * D_STATE;  // floats
+
+// Parts of a warp's shared memory, in chunks of 16 bytes.
+constexpr int ROWS_SIZE = STEPS * ROW_PITCH;
+constexpr int INPUTS_SIZE = 2 * D_STATE * STEPS / 4;
+constexpr int EXCHANGE_SIZE = CHANNELS * STEP_PITCH / 4;
+template <typename T>
+constexpr int TILE_SIZE = STEPS * CHANNELS * sizeof(T) / 16;

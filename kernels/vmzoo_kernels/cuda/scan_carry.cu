@@ -5,8 +5,8 @@
 struct Params {
     const float* A;       // [K, D, N]
     float* states;        // [B, K, segments, N, D]
-    const float* deltas;  // [B, K, segments, W, D], summed step sizes
-    int batch, num_routes, num_segments, warps, dim, reverse;
+    const float* deltas;  // [B, K, segments, D], summed step sizes
+    int batch, num_routes, num_segments, dim, reverse;
 };
 
 extern "C" __global__ void __launch_bounds__(128) scan_carry(const __grid_constant__ Params p) {
@@ -16,14 +16,22 @@ extern "C" __global__ void __launch_bounds__(128) scan_carry(const __grid_consta
     if (i_sequence >= (long long)p.batch * p.num_routes) return;
     const float rate = p.A[((i_sequence % p.num_routes) * p.dim + d) * D_STATE + n] * 1.4426950408889634f;
     float h = 0.0f;
-    for (int j = 0; j < p.num_segments; j++) {
-        const long long i_segment = i_sequence * p.num_segments + (p.reverse ? p.num_segments - 1 - j : j);
-        float* state = p.states + (i_segment * D_STATE + n) * p.dim + d;
-        const float* deltas = p.deltas + i_segment * p.warps * p.dim + d;
-        float delta = 0.0f;
-        for (int w = 0; w < p.warps; w++) delta += deltas[w * p.dim];
-        const float added = *state;
-        *state = h;
-        h = fmaf(ex2(delta * rate), h, added);
+    constexpr int AHEAD = 8;  // loads under way at a time
+    for (int j0 = 0; j0 < p.num_segments; j0 += AHEAD) {
+        float added[AHEAD], delta[AHEAD];
+        float* states[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int turn = min(j0 + j, p.num_segments - 1);
+            const long long i_segment = i_sequence * p.num_segments + (p.reverse ? p.num_segments - 1 - turn : turn);
+            states[j] = p.states + (i_segment * D_STATE + n) * p.dim + d;
+            added[j] = *states[j], delta[j] = ldg(p.deltas + i_segment * p.dim + d);
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (j0 + j >= p.num_segments) continue;
+            *states[j] = h;
+            h = fmaf(ex2(delta[j] * rate), h, added[j]);
+        }
     }
 }

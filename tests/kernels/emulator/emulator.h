@@ -340,6 +340,10 @@ inline void finish_copies(int groups) {
 inline void cp_async16(void *smem, const void *global) { emulator::copy_later(smem, global, 16); }
 inline void cp_async8(void *smem, const void *global) { emulator::copy_later(smem, global, 8); }
 inline void cp_async4(void *smem, const void *global) { emulator::copy_later(smem, global, 4); }
+inline void cp_async16_or_zero(void *smem, const void *global, bool there) {
+    alignas(16) static const unsigned char zeros[16] = {};
+    emulator::copy_later(smem, there ? global : zeros, 16);
+}
 inline void cp_async_commit() { emulator::current->groups++; }
 
 template <int n>
@@ -387,6 +391,7 @@ inline unsigned transpose(unsigned x) {
     return turned;
 }
 
+inline float opaque(float x) { return x; }
 inline unsigned long long opaque(unsigned long long x) { return x; }
 inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
 inline void rarely() {}
