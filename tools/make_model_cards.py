@@ -38,6 +38,27 @@ its input and with a gate that sees all channels. Every published model has two 
 after `model.set_distilled_training()`; `distillation=False` leaves the second one out, of a checkpoint too. The
 published accuracies are of averaged weights. Feature maps of all stages but the last are normed; the final norm is part
 of the head.""",
+    'efficientvmamba': """
+The first two stages pair a gated scan with a depthwise convolution; the last two are inverted residuals. The scan is
+atrous: each of four routes visits one pixel of every 2x2 cell, so that a position is scanned once instead of four times
+(maps of odd sides are padded). That the small model starts with 64 channels is what its checkpoint and its stated size
+say; a published config that says 96 does not fit them. The accuracies belong to the recipe of the published logs
+(drop path 0.1, averaged weights); users of the published configs report less.
+
+The licence is stated in the authors' README only; their repository has no licence file.""",
+    'resvmamba': """
+The first VMamba (`vmamba_v0_*`) with the max-pooled, projected input of each of the first three stages added to the
+stage's output. In the published code these projections are drawn at random at every call and never trained, so that its
+results differ from call to call and no checkpoint has them. `residual` chooses between `'proj'` (default: trained, as
+the paper describes it), `'random'` (as published) and `'none'` (the mean of the random draws, with which published
+weights give the same result every time). In `'proj'`, weights without projections load with a warning that names them:
+`resvmamba_small.cnfood241` and those of `vmamba_v0_tiny` and `vmamba_v0_small`, from which fine-tuning can start.
+
+The paper states a top-1 accuracy of 79.5 % on CNFOOD-241 (81.7 % in its journal version), not which of the two the
+published file gives. Its head is expected to have 1000 rows, of which the first 241 are food classes; pass
+`num_classes=241` if the file says otherwise. The published base variant cannot be built by the published code.
+
+**Licence of the weights: none stated.** Ask the authors before use. The code here is Apache-2.0.""",
     'vmamba': """
 Three generations share the architecture. `vmamba_*_s<ratio>l<depth>` are the current ones (SS2D without a gate, MLP
 after it, d_state 1); `vmamba_v0_*` are the first release, the form that many early downstream projects copied (gated,

@@ -118,9 +118,11 @@ def _cascade_cols(pos: Tensor) -> Routes:
 
 def _atrous(pos: Tensor) -> Routes:
     height, width = pos.shape
-    pos = F.pad(pos, (0, width % 2, 0, height % 2), value=-1)
-    phases = (pos[::2, ::2], pos[1::2, ::2].t(), pos[::2, 1::2], pos[1::2, 1::2].t())
-    table = torch.stack([phase.reshape(-1) for phase in phases]).unsqueeze(1)  # [4, 1, T]
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    pos = F.pad(pos, (0, 2 * columns - width, 0, 2 * rows - height), value=-1)
+    cells = pos.unflatten(0, (rows, 2)).unflatten(2, (columns, 2)).permute(3, 1, 0, 2)  # [column, row, rows, columns]
+    by_rows, by_columns = cells[:, 0].flatten(1), cells[:, 1].mT.flatten(1)  # [column, T]
+    table = torch.stack((by_rows, by_columns), dim=1).flatten(0, 1).unsqueeze(1)  # [4, 1, T]
     return Routes(table, table, height * width, False, parts=_parts(table, table, height * width))
 
 

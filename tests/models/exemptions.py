@@ -15,6 +15,8 @@ SMALL = {
     },
     'groupmamba': {'stem_dim': 8, 'depths': (1, 1, 1, 1), 'embed_dim': (16, 16, 32, 48), 'mlp_ratio': (2, 2, 2, 2)},
     'vmamba': {'depths': (1, 1, 2, 1), 'embed_dim': 16},
+    'efficientvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
+    'resvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
     'vim_tiny_seg': {'block_indices': (0, 1, 2, 3)},
     'vim_small_seg': {'block_indices': (0, 1, 2, 3)},

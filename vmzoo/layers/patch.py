@@ -3,7 +3,6 @@
 Sequential indices, and so parameter names, are those of the published VMamba checkpoints.
 """
 
-import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -134,11 +133,14 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         if self.odd == 'pad':
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+            rows, columns = (height + 1) // 2, (width + 1) // 2
+            x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
         else:
-            x = x[:, : height - height % 2, : width - width % 2]
+            rows, columns = height // 2, width // 2
+            x = x[:, : 2 * rows, : 2 * columns]
+        x = x.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))  # [B, H', row, W', column, C]
         # order of the phases (row, column): (0, 0), (1, 0), (0, 1), (1, 1)
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
 

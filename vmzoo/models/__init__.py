@@ -2,8 +2,20 @@
 
 from . import efficientvim, mambaout
 from .a2mamba import A2Mamba
+from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .resvmamba import ResVMamba
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 
-__all__ = ['A2Mamba', 'GroupMamba', 'VMamba', 'VisionMamba', 'VisionMambaPyramid', 'efficientvim', 'mambaout']
+__all__ = [
+    'A2Mamba',
+    'EfficientVMamba',
+    'GroupMamba',
+    'ResVMamba',
+    'VMamba',
+    'VisionMamba',
+    'VisionMambaPyramid',
+    'efficientvim',
+    'mambaout',
+]

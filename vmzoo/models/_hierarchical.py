@@ -56,6 +56,19 @@ class Stage(nn.Module):
         return self.forward_downsample(self.forward_blocks(x), x)
 
 
+def stage_dims(embed_dim: int | tuple[int, ...], depths: tuple[int, ...]) -> tuple[int, ...]:
+    """Channels of each stage; those of the first, if only they are given, double from stage to stage.
+
+    Raises:
+        ValueError: There are not as many as depths.
+    """
+    if isinstance(embed_dim, int):
+        return tuple(embed_dim * 2**i for i in range(len(depths)))
+    if len(embed_dim) != len(depths):
+        raise ValueError(f'embed_dim {tuple(embed_dim)} and depths {tuple(depths)} differ in their number of stages.')
+    return tuple(embed_dim)
+
+
 class HierarchicalBackbone(nn.Module):
     """Backbone and classifier of stages, each of which halves the map of the one before it.
 

@@ -35,7 +35,7 @@ from ..layers import (
     VSSBlock,
 )
 from ._builder import build_model
-from ._hierarchical import HierarchicalBackbone, Stage
+from ._hierarchical import HierarchicalBackbone, Stage, stage_dims
 
 __all__ = ['VMamba']
 
@@ -121,12 +121,7 @@ class VMamba(HierarchicalBackbone):
         dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        if isinstance(embed_dim, int):
-            embed_dim = tuple(embed_dim * 2**i for i in range(len(depths)))
-        if len(embed_dim) != len(depths):
-            raise ValueError(
-                f'embed_dim {tuple(embed_dim)} and depths {tuple(depths)} differ in their number of stages.'
-            )
+        embed_dim = stage_dims(embed_dim, depths)
         block_kwargs = {
             'mixer_layer': _choose('mixer', mixer, _MIXERS),
             'mlp_ratio': mlp_ratio,
@@ -331,7 +326,7 @@ def vmamba_base_m2(pretrained: bool = False, **kwargs) -> VMamba:
     return _create_vmamba('vmamba_base_m2', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
-_V0_ARGS = {
+V0_ARGS = {
     'd_state': 16,
     'ssm_ratio': 2.0,
     'gate': True,
@@ -345,19 +340,19 @@ _V0_ARGS = {
 @register_model
 def vmamba_v0_tiny(pretrained: bool = False, **kwargs) -> VMamba:
     """First VMamba-T, 22.9 M parameters, 82.2 % top-1 on ImageNet-1k (drop path 0.1)."""
-    model_args = dict(_V0_ARGS, depths=(2, 2, 9, 2), embed_dim=96)
+    model_args = dict(V0_ARGS, depths=(2, 2, 9, 2), embed_dim=96)
     return _create_vmamba('vmamba_v0_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vmamba_v0_small(pretrained: bool = False, **kwargs) -> VMamba:
     """First VMamba-S, 44.4 M parameters, 83.5 % top-1 on ImageNet-1k (drop path 0.3)."""
-    model_args = dict(_V0_ARGS, depths=(2, 2, 27, 2), embed_dim=96)
+    model_args = dict(V0_ARGS, depths=(2, 2, 27, 2), embed_dim=96)
     return _create_vmamba('vmamba_v0_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vmamba_v0_base(pretrained: bool = False, **kwargs) -> VMamba:
     """First VMamba-B, 76.3 M parameters, 83.7 % top-1 on ImageNet-1k (drop path 0.6)."""
-    model_args = dict(_V0_ARGS, depths=(2, 2, 27, 2), embed_dim=128)
+    model_args = dict(V0_ARGS, depths=(2, 2, 27, 2), embed_dim=128)
     return _create_vmamba('vmamba_v0_base', pretrained=pretrained, **dict(model_args, **kwargs))
