@@ -90,6 +90,18 @@ compare them in float64.
 The authors' files hold two sets of weights. The averaged ones (`model_ema`) are loaded: theirs are the stated
 accuracies. A dense backbone's checkpoint, as in a detector's file, fits the model inside `features_only=True`:
 `vmzoo.convert_state_dict(state_dict, features.model)`.""",
+    'shufflemamba': """
+Isotropic models trained with a stochastic layer-wise shuffle: while training, a layer sees its tokens in random order
+with a chance that grows with its depth up to `shuffle_rate`, and the order is restored after it. In evaluation the
+models are what they were: `shufflemamba_*` Vim with the class token in front, `shufflemamba_reg_*` Mamba-Reg with
+registers among the patches, `mambamlp_*` blocks of a four-way mixer and an MLP; `seg` models return four maps at 1/16,
+of which the first three are mixers' outputs without the residual stream. `shuffle_rate` is an option of every isotropic
+model here (`vim_*`, `roma_*`), 0 unless given; published trainings used 0.5 (base), 0.1 (registers) and 0.4 to 0.6
+(pretraining of MambaMLP). `model.shuffle.generator` takes a `torch.Generator`.
+
+Files of weights trained with the shuffle are on <https://huggingface.co/zizzzz/SLWS_Mamba>: download one and pass
+`pretrained_cfg_overlay=dict(file=...)`. What downloads by itself are Mamba-Reg's own weights, to which the published
+code points. No licence of the weights is stated.""",
 }
 
 

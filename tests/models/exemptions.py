@@ -18,6 +18,9 @@ SMALL = {
     'efficientvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'resvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
+    'shufflemamba': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},
+    'shufflemamba_base_seg': {'block_indices': (0, 1, 2, 3)},
+    'shufflemamba_large_seg': {'block_indices': (0, 1, 2, 3)},
     'vim_tiny_seg': {'block_indices': (0, 1, 2, 3)},
     'vim_small_seg': {'block_indices': (0, 1, 2, 3)},
 }
@@ -28,6 +31,7 @@ EXEMPT = {
         'vim': 'the position embedding is made for one size; other sizes are an option that its own tests cover',
     },
     'test_forward_features_is_a_map': {
+        'shufflemamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'vim': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
     },
 }

@@ -2,7 +2,7 @@
 
 from .head import DistilledHead, NormPoolHead
 from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
-from .mamba import MambaMixer, TokenPaths, VimBlock
+from .mamba import MambaMixer, MambaMlpBlock, TokenPaths, VimBlock
 from .neighborhood_attention import check_attention_backend, na2d_av, na2d_qk
 from .norm import LayerNorm, RMSNorm
 from .patch import (
@@ -31,6 +31,7 @@ __all__ = [
     'LayerwiseShuffle',
     'Linear',
     'MambaMixer',
+    'MambaMlpBlock',
     'Mlp',
     'NormPoolHead',
     'PatchMerging',

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vmzoo_kernels import Routes, get_routes, route_scan
 
-from .linear import Linear
-from .norm import RMSNorm
+from .linear import Linear, SwiGlu
+from .norm import LayerNorm, RMSNorm
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 
 Scan = Literal['forward', 'forward_backward', 'cross']
@@ -77,7 +77,7 @@ def shuffle_paths(paths: TokenPaths, order: Tensor) -> TokenPaths:
     """The same paths over the tokens in another order [L], with outputs back in their own."""
     orders = tuple(order if inner is None else order[inner] for inner in paths.orders)
     merge = order.to(torch.int32)[paths.routes.merge.long()]
-    return paths._replace(orders=orders, routes=paths.routes._replace(merge=merge))
+    return paths._replace(orders=orders, routes=paths.routes._replace(merge=merge, parts=None))
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
@@ -219,3 +219,27 @@ class VimBlock(nn.Module):
         """Stream [B, L, D] -> the stream after the block, and the mixer's output alone."""
         mixed = self.mixer(self.norm(x), paths)
         return x + self.drop_path(mixed), mixed
+
+
+class MambaMlpBlock(nn.Module):
+    """Pre-norm residual block: a :class:`MambaMixer` (extra arguments are its own), then a SwiGLU MLP.
+
+    Args:
+        dim: Token channels D; the MLP is 8 D / 3 wide.
+        drop_path: Stochastic depth rate of both branches.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None, **mixer_args: Any):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.mixer = MambaMixer(dim, **mixer_args, **dd)
+        self.mlp = SwiGlu(dim, 8 * dim // 3, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, paths: TokenPaths | None = None) -> tuple[Tensor, Tensor]:
+        """Stream [B, L, D] -> the stream after the block, and the MLP's output alone."""
+        x = x + self.drop_path(self.mixer(self.norm1(x), paths))
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path(out), out

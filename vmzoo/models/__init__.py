@@ -5,6 +5,7 @@ from .a2mamba import A2Mamba
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .resvmamba import ResVMamba
+from .shufflemamba import MambaMlp, MambaReg, ShuffleMamba, ShuffleMambaBackbone
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 
@@ -12,7 +13,11 @@ __all__ = [
     'A2Mamba',
     'EfficientVMamba',
     'GroupMamba',
+    'MambaMlp',
+    'MambaReg',
     'ResVMamba',
+    'ShuffleMamba',
+    'ShuffleMambaBackbone',
     'VMamba',
     'VisionMamba',
     'VisionMambaPyramid',

@@ -4,6 +4,7 @@ A family gives the blocks (`block(x, paths)` returns the stream and the output o
 mixers, and where tokens other than patches stand.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ..layers.patch import StridedPatchEmbed
 from ..layers.shuffle import LayerwiseShuffle
 from ..layers.ssm_init import compute_dtype
 from ..layers.tokens import ClassToken, class_token_places, column_order, drop_tokens, insert_tokens, resize_pos_embed
+from ._builder import build_model
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
 _NO_DECAY = re.compile(r'(pos_embed(_cls)?|cls_token)$|\.A\w*_log$|\.D(_\w+)?$|\.dt_proj\w*\.bias$')
@@ -356,6 +358,25 @@ def scaling_levels(
     return four_times, nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2)
 
 
+def fit_pos_embed(pos_embed: Tensor, model: IsotropicMamba) -> Tensor:
+    """A checkpoint's position embedding for a model's grid: another number of rows is that of a square grid.
+
+    Raises:
+        ValueError: The rows form no square grid.
+    """
+    if pos_embed.shape[1] == model.pos_embed.shape[1]:
+        return pos_embed
+    num_patches = pos_embed.shape[1] - len(class_token_places(model.class_token, 1))
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(
+            f"The checkpoint's position embedding has {num_patches} patches, which form no square grid, and the "
+            f'model has {model.patch_embed.num_patches}. Load it into a model of the img_size it was trained at, '
+            'then call set_input_size().'
+        )
+    return resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, model.class_token)
+
+
 class Pyramid:
     """Turns an isotropic model, the class after it, into a dense backbone: maps of chosen blocks, and no classifier.
 
@@ -365,7 +386,7 @@ class Pyramid:
 
     min_grid = 1
 
-    def _set_levels(self, block_indices: Sequence[int]) -> None:
+    def _set_levels(self, block_indices: Sequence[int], scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:
         if len(set(block_indices)) != 4 or not set(block_indices) <= set(range(self.depth)):
             raise ValueError(
                 f'block_indices must be four different ones of the {self.depth} blocks, got {block_indices}.'
@@ -373,8 +394,8 @@ class Pyramid:
         self.block_indices = sorted(block_indices)
         stride = self.patch_embed.feat_ratio()
         self.feature_info = [
-            {'module': f'fpn{level + 1}', 'num_chs': self.embed_dim, 'reduction': max(stride * 2**level // 4, 1)}
-            for level in range(4)
+            {'module': f'fpn{level}', 'num_chs': self.embed_dim, 'reduction': max(int(stride / scale), 1)}
+            for level, scale in enumerate(scales, start=1)
         ]
 
     def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
@@ -424,3 +445,12 @@ class Pyramid:
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image [B, in_chans, H, W] -> a map [B, D, h, w] a level, finest first."""
         return self.forward_intermediates(x, stop_early=True, intermediates_only=True)
+
+
+def build_isotropic(model_cls: type[IsotropicMamba], variant: str, pretrained: bool, **kwargs: Any) -> IsotropicMamba:
+    """:func:`._builder.build_model` with the features of four blocks at equal distances, or of a pyramid's levels."""
+    depth = kwargs.get('depth', 24)
+    step = max(depth // 4, 1)
+    out_indices = (0, 1, 2, 3) if issubclass(model_cls, Pyramid) else tuple(range(step - 1, depth, step))
+    feature_cfg = {'out_indices': out_indices, 'feature_cls': 'getter'}
+    return build_model(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

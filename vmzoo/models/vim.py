@@ -19,7 +19,6 @@ Written from the paper and the published checkpoints' layout; parameter names ar
 """
 
 import logging
-import math
 from functools import partial
 from typing import Any, Literal
 
@@ -30,9 +29,8 @@ from torch import Tensor, nn
 
 from ..layers.mamba import TokenPaths, VimBlock
 from ..layers.rope import apply_rope, rope_tables
-from ..layers.tokens import ClassToken, class_token_places, drop_tokens, insert_tokens, resize_pos_embed
-from ._builder import build_model
-from ._isotropic import IsotropicMamba, Pyramid, norm_class, scaling_levels
+from ..layers.tokens import ClassToken, class_token_places, drop_tokens, insert_tokens
+from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, norm_class, scaling_levels
 
 __all__ = ['VisionMamba', 'VisionMambaPyramid']
 
@@ -165,17 +163,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
         # of the published checkpoints, those with rotary tables have the class token in front
         source = 'front' if rotary else 'middle'
         pos_embed = drop_tokens(pos_embed, class_token_places(source, pos_embed.shape[1] - 1))
-    if pos_embed.shape[1] != model.pos_embed.shape[1]:
-        num_patches = pos_embed.shape[1] - model.num_prefix_tokens
-        side = math.isqrt(num_patches)
-        if side * side != num_patches:
-            raise ValueError(
-                f"The checkpoint's position embedding has {num_patches} patches, which form no square grid, and the "
-                f'model has {model.patch_embed.num_patches}. Load it into a model of the img_size it was trained at, '
-                'then call set_input_size().'
-            )
-        pos_embed = resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, model.class_token)
-    return {**state_dict, 'pos_embed': pos_embed}
+    return {**state_dict, 'pos_embed': fit_pos_embed(pos_embed, model)}
 
 
 def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
@@ -227,18 +215,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vim(variant: str, pretrained: bool = False, model_cls: type = VisionMamba, **kwargs: Any) -> VisionMamba:
-    step = max(kwargs.get('depth', 24) // 4, 1)
-    out_indices = (
-        (0, 1, 2, 3) if model_cls is VisionMambaPyramid else tuple(range(step - 1, kwargs.get('depth', 24), step))
-    )
-    return build_model(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
-        **kwargs,
-    )
+    return build_isotropic(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
