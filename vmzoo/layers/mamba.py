@@ -173,8 +173,10 @@ class MambaMixer(nn.Module):
         convs = self._of_paths('conv1d{}')
         xs = [causal_conv(ordered[i], conv, back) for i, back, conv in zip(paths.order_of, paths.reverse, convs)]
         x = F.silu(torch.stack(xs, dim=2))  # [B, L, K, d]
-        projections = self._of_paths('x_proj{}')
-        x_dbl = torch.stack([proj(x[:, :, k]) for k, proj in enumerate(projections)], dim=2)  # [B, L, K, R + 2N]
+        if len(set(self.suffixes)) == 1:
+            x_dbl = self.x_proj(x)  # [B, L, K, R + 2N]
+        else:
+            x_dbl = torch.stack([proj(x[:, :, k]) for k, proj in enumerate(self._of_paths('x_proj{}'))], dim=2)
         A_log = torch.stack(self._of_paths('A{}_log'))
         dt_projections = self._of_paths('dt_proj{}')
         return route_scan(

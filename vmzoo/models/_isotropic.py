@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from ..layers.mamba import Scan, TokenPaths, shuffle_paths, token_paths
+from ..layers.mamba import Scan, shuffle_paths, token_paths
 from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.patch import StridedPatchEmbed
 from ..layers.shuffle import LayerwiseShuffle
@@ -182,9 +182,12 @@ class IsotropicMamba(nn.Module):
         if isinstance(self.head, nn.Linear):
             self._init_head(self.head)
         for block in self.layers:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                block.mixer.out_proj.weight.div_(self.depth**0.5)
+            self._init_block(block)
+
+    def _init_block(self, block: nn.Module) -> None:
+        nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
+        with torch.no_grad():
+            block.mixer.out_proj.weight.div_(self.depth**0.5)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -247,14 +250,16 @@ class IsotropicMamba(nn.Module):
             columns = column_order(grid, self.token_places(grid[0] * grid[1]), device=x.device)
         return x, grid, token_paths(self.scan, x.shape[1], x.device, columns)
 
-    def _apply_block(self, i: int, x: Tensor, paths: TokenPaths) -> tuple[Tensor, Tensor]:
-        """Stream -> the stream as the next block takes it, and the output of block i's last branch."""
-        # drawn here, so that recomputing a block repeats its order
+    def _block_inputs(self, i: int, x: Tensor, context: Any) -> tuple[Any, ...]:
+        """What block i is called with: the stream and the paths of its mixer."""
         order = self.shuffle(i, x.shape[1], x.device)
-        if order is not None:
-            paths = shuffle_paths(paths, order)
+        return x, context if order is None else shuffle_paths(context, order)
+
+    def _apply_block(self, i: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        """Stream -> the stream as the next block takes it, and the output of block i's last branch."""
         block = self.layers[i]
-        return checkpoint(block, x, paths) if self.grad_checkpointing else block(x, paths)
+        inputs = self._block_inputs(i, x, context)  # drawn once: recomputing a block repeats its order
+        return checkpoint(block, *inputs) if self.grad_checkpointing else block(*inputs)
 
     def _feature(self, i: int, x: Tensor, branch: Tensor, norm: bool) -> Tensor:
         """Block i's intermediate feature, of what `_apply_block` returns."""

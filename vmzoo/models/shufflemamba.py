@@ -249,6 +249,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: IsotropicMamba) -
     if 'layers.0.norm.weight' in state_dict and has_bias != wants_bias:
         name = 'layernorm' if has_bias else 'rmsnorm'
         raise ValueError(f'The checkpoint is of a model with norm_layer={name!r}: create the model with that.')
+    if not isinstance(getattr(model, 'neck', None), nn.Linear):  # registers that are not pooled have none
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(('neck.', 'norm_neck.'))}
     if 'pos_embed' in state_dict:
         state_dict = {**state_dict, 'pos_embed': fit_pos_embed(state_dict['pos_embed'], model)}
     return state_dict
