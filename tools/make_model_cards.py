@@ -59,6 +59,21 @@ published file gives. Its head is expected to have 1000 rows, of which the first
 `num_classes=241` if the file says otherwise. The published base variant cannot be built by the published code.
 
 **Licence of the weights: none stated.** Ask the authors before use. The code here is Apache-2.0.""",
+    'hrvmamba': """
+HRNet's four parallel resolutions with state-space blocks. `hrvmamba_{nano,tiny,small,base}` classify, `*_pose` return a
+score map of every keypoint (top-down), `*_crowdpose` the four branches (bottom-up, for a DEKR head), `*_seg` the neck's
+four normed maps (for UPerNet). Dense heads beside the backbone are not part of these models. The feature maps of a
+classifier are its branches, before the neck; a pose model has one, at 1/4. Weights of a classifier load into a dense
+model: what that does not have is left out, what the file does not have is named and stays as initialised.
+
+Stated by the authors: 69.5, 74.6 and 76.5 AP on COCO keypoints for `tiny`, `small` and `base` at 256x192, 76.4 and 77.7
+for `small` and `base` at 384x288; 68.8 and 69.6 AP on CrowdPose; 51.4 mIoU (single scale) on ADE20K. By its name, the
+published file of `hrvmamba_tiny_pose` has blocks with `pos_conv` and `se`, by its configuration without: if loading
+asks for other options, create the model with them.
+
+The deformable convolution counts as 36 multiply-accumulates (9 points of 4 pixels) for each of its outputs.
+
+**Licence of the weights: none stated.** Ask the authors before you use them. The code here is Apache-2.0.""",
     'vmamba': """
 Three generations share the architecture. `vmamba_*_s<ratio>l<depth>` are the current ones (SS2D without a gate, MLP
 after it, d_state 1); `vmamba_v0_*` are the first release, the form that many early downstream projects copied (gated,

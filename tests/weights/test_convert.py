@@ -68,6 +68,16 @@ def test_ignored_keys_are_reported(model):
     assert str(report) == '1 keys not used (decode_head.conv.weight)'
 
 
+def test_a_head_beside_the_backbone_is_kept_if_the_model_has_it(model):
+    state = random_state(model)
+    head = {key: value for key, value in state.items() if key.startswith('classifier.head.')}
+    backbone = {key: value for key, value in state.items() if key not in head}
+    loss = {'loss.weight': torch.ones(1)}
+    converted, report = convert({'state_dict': {**with_prefix(backbone, 'backbone.'), **head, **loss}}, model)
+    assert report.ignored == ('loss.weight',)
+    assert all(torch.equal(converted[key], value) for key, value in state.items())
+
+
 def test_other_class_count_keeps_the_models_head(model, caplog):
     state = random_state(model)
     small = timm.create_model('vmamba_nano', num_classes=5)

@@ -1,5 +1,6 @@
 """Blocks that two or more model families share."""
 
+from .deform_conv import DCNv4, deform_aggregate
 from .head import DistilledHead, NormPoolHead
 from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
 from .mamba import MambaMixer, MambaMlpBlock, TokenPaths, VimBlock
@@ -26,6 +27,7 @@ __all__ = [
     'SSD2D',
     'ConvDownsample',
     'ConvStem',
+    'DCNv4',
     'DistilledHead',
     'LayerNorm',
     'LayerwiseShuffle',
@@ -47,6 +49,7 @@ __all__ = [
     'check_attention_backend',
     'check_images',
     'compute_dtype',
+    'deform_aggregate',
     'grouped_linear',
     'init_A_log_',
     'init_dt_bias_',

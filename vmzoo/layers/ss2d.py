@@ -171,12 +171,19 @@ class SS2D(nn.Module):
         if self.gate_act is not None:
             x, z = x.chunk(2, dim=-1)
             z = self.gate_act(z)
-        x = x.permute(0, 3, 1, 2)  # a channels_last view: no copy
-        x = self.act(self.conv2d(x)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        x = self.act(self.mix_locally(x)).flatten(1, 2)  # [B, L, D]
         y = self._scan_map(x, height, width)
         y = self.out_act(self.out_norm(y).to(x.dtype)).unflatten(1, (height, width))
         if z is not None:
             y = y * z
+        return self.project_out(y)
+
+    def mix_locally(self, x: Tensor) -> Tensor:
+        """[B, H, W, D] -> [B, H, W, D], before activation and scan."""
+        return self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # a channels_last view: no copy
+
+    def project_out(self, y: Tensor) -> Tensor:
+        """[B, H, W, D] -> [B, H, W, C], the last step of `forward`."""
         return self.out_proj(y)
 
 

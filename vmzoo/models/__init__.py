@@ -4,6 +4,7 @@ from . import efficientvim, mambaout
 from .a2mamba import A2Mamba
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .resvmamba import ResVMamba
 from .shufflemamba import MambaMlp, MambaReg, ShuffleMamba, ShuffleMambaBackbone
 from .vim import VisionMamba, VisionMambaPyramid
@@ -13,6 +14,10 @@ __all__ = [
     'A2Mamba',
     'EfficientVMamba',
     'GroupMamba',
+    'HRVMamba',
+    'HRVMambaBranches',
+    'HRVMambaPose',
+    'HRVMambaPyramid',
     'MambaMlp',
     'MambaReg',
     'ResVMamba',

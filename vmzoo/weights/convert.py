@@ -127,8 +127,10 @@ def _unwrap(
         for prefix in PREFIXES:
             inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
             if inside and not any(key.startswith(prefix) for key in target):
-                ignored += [key for key in weights if not key.startswith(prefix)]
-                weights, stripping = inside, True
+                beside = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+                own = {key: value for key, value in beside.items() if key in target}  # a head that the model has too
+                ignored += [key for key in beside if key not in own]
+                weights, stripping = own | inside, True
                 path.append(prefix.rstrip('.'))
     return weights, '.'.join(path), tuple(ignored)
 

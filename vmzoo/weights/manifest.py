@@ -26,7 +26,8 @@ class PublishedWeight:
         hub_id: Repository on the Hugging Face hub from which `pretrained=True` takes it instead, None if it is `url`.
         sha256: Digest in hexadecimal, None while unrecorded.
         size: Bytes, None while unrecorded.
-        metrics: As published, in percent: `imagenet1k_top1`, `imagenet1k_top5`.
+        metrics: As published, in percent: `imagenet1k_top1`, `imagenet1k_top5`; of dense models `coco_pose_ap`,
+            `crowdpose_ap`, `ade20k_miou`.
     """
 
     name: str
