@@ -3,6 +3,8 @@
     python tools/benchmark.py ops                       # SS2D core and 1-D scan, against what they replace
     python tools/benchmark.py ops --sweep --csv sweep.csv --plot sweep.png
     python tools/benchmark.py models --models convnext_tiny vmamba_tiny_s1l8 --batch-size 128 --train --compile
+    python tools/benchmark.py zoo --csv zoo.csv         # every family, against timm's models and unfused scans
+    python tools/benchmark.py zoo --families vmamba vim --sizes 224 --budget 10
     python tools/benchmark.py plot sweep.csv sweep.png  # draw again, without a GPU
 
 Every figure is the median of repeated runs after a warm-up, whose first call is printed apart: it holds compilation,
@@ -39,9 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     ops = commands.add_parser('ops', help='the scan operators')
     models = commands.add_parser('models', help='whole models, the first of which is the baseline')
+    zoo = commands.add_parser('zoo', help='the smallest standard model of every family')
     plot = commands.add_parser('plot', help='draw the sweeps of a CSV file')
 
-    for command in (ops, models):
+    for command in (ops, models, zoo):
         command.add_argument('--device', type=torch.device, default='cuda' if torch.cuda.is_available() else 'cpu')
         command.add_argument('--dtype', choices=DTYPES, help='default: float16 on a GPU, float32 on a CPU')
         command.add_argument('--seconds', type=float, default=1.0, help='time spent on each figure')
@@ -60,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument('--img-size', type=int, default=224)
     models.add_argument('--train', action='store_true', help='time forward and backward pass too, and their memory')
     models.add_argument('--compile', action='store_true', help='under torch.compile too')
+    chosen = zoo.add_mutually_exclusive_group()
+    chosen.add_argument('--families', nargs='+', metavar='NAME', help='only these (default: all)')
+    chosen.add_argument('--models', nargs='+', metavar='NAME', help='instead, these models')
+    zoo.add_argument('--baselines', nargs='*', metavar='NAME', help="default: timm's Swin-T and ConvNeXt-T")
+    zoo.add_argument('--sizes', nargs='+', type=int, default=[224, 512], metavar='PIXELS', help='sides of the images')
+    zoo.add_argument(
+        '--batch-size', type=int, help='of 224x224; larger images in smaller batches (default: 64 on a GPU, 1 on a CPU)'
+    )
+    zoo.add_argument('--budget', type=float, default=30.0, help='seconds for a model at a size, in all')
     plot.add_argument('csv', type=Path)
     plot.add_argument('image', type=Path)
     return parser
@@ -72,6 +84,12 @@ def figures(args: argparse.Namespace, setting: Setting, backends: list[str]) -> 
 
         modes = ('eager', 'compile')[: 1 + args.compile]
         yield from benchmark_models(setting, args.models, modes, args.batch_size, args.img_size, args.train)
+    elif args.command == 'zoo':
+        from benchmarks.zoo import BASELINES, benchmark_zoo
+
+        baselines = BASELINES if args.baselines is None else args.baselines
+        batch_size = args.batch_size or (64 if setting.on_gpu else 1)
+        yield from benchmark_zoo(setting, args.models, baselines, args.sizes, batch_size, args.budget)
     elif args.sweep:
         yield from benchmark_sweeps(setting, backends, args.sides, args.batches)
     else:
@@ -100,17 +118,25 @@ def main(argv: list[str] | None = None) -> int:
     if drawing and not args.sweep:
         parser.error('--plot draws the sweeps: add --sweep')
 
-    context = setting.describe('timm' if args.command == 'models' else 'mamba-ssm')
+    if args.command == 'zoo' and not args.models:
+        from benchmarks.zoo import standard_models
+
+        try:
+            args.models = standard_models(args.families)
+        except ValueError as error:
+            parser.error(str(error))
+
+    context = setting.describe('mamba-ssm' if args.command == 'ops' else 'timm')
     context['automatic backend'] = resolve_backend('auto', setting.device, setting.dtype)
     print('{device}, {versions}, {dtype}, automatic backend {automatic backend}'.format_map(context))
     rows, table = [], Table()
     for row in figures(args, setting, backends):
         table.add(row)
         rows.append(row | context)
+        if args.csv:  # after every row: a run that is cut short has written what it knows
+            write_csv(rows, args.csv)
     for line in linearity(rows):
         print(f'\n{line}')
-    if args.csv:
-        write_csv(rows, args.csv)
     if drawing:
         draw(rows, drawing)
     return 0

@@ -7,15 +7,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
 
-from vmzoo_kernels import available_backends, selective_scan
+import vmzoo  # noqa: F401  registers the models
+from vmzoo.models._registry import family_of, list_architectures
+from vmzoo_kernels import available_backends, get_routes, route_scan, selective_scan
 
 ROOT = Path(__file__).parents[2]
 TIMES = ('first fwd ms', 'first fwd+bwd ms', 'fwd ms', 'fwd+bwd ms')
 OPS = ('ops', '--device', 'cpu', '--seconds', '0', '--shapes', '1,4,2,1', '--scan-shapes', '1,4,3,2')
 SWEEP = ('ops', '--device', 'cpu', '--seconds', '0', '--sweep', '--sides', '2', '8', '--batches', '1', '2')
 MODELS = ('models', '--device', 'cpu', '--seconds', '0', '--img-size', '32', '--models', 'test_convnext', 'vmamba_nano')
+ZOO = ('zoo', '--device', 'cpu', '--seconds', '0', '--sizes', '32', '--batch-size', '1', '--baselines', 'test_convnext')
 
 
 @pytest.fixture
@@ -151,6 +155,117 @@ def test_models(run, benchmark, monkeypatch, tmp_path):
     assert compiled['train first ms'] > 5 * compiled['train ms']
 
 
+@pytest.mark.parametrize('name', ['cross', 'cascade_cols', 'atrous'])
+@pytest.mark.parametrize('shared', [True, False])
+def test_unfused_scan_equals_the_fused(benchmark, name, shared):
+    from benchmarks.unfused import unfused_route_scan
+
+    routes = get_routes(name, 3, 5)
+    k, dim, d_state, rank = routes.num_routes, 6, 3, 2
+    x = torch.randn(2, 15, dim) if shared else torch.randn(2, 15, k, dim)
+    x_dbl = torch.randn(2, 15, k, rank + 2 * d_state)
+    parameters = (-torch.rand(k, dim, d_state), torch.randn(k, dim), torch.randn(k, dim, rank), torch.randn(k, dim))
+    inputs = [v.requires_grad_() for v in (x, x_dbl, *parameters)]
+    for options in ({}, {'merge': False}, {'segment': 4}):
+        got, want = (scan(*inputs, routes, **options) for scan in (unfused_route_scan, route_scan))
+        torch.testing.assert_close(got, want)
+        dy = torch.randn_like(want)
+        torch.testing.assert_close(*(torch.autograd.grad(y, inputs, dy) for y in (got, want)))
+    inputs = [v.bfloat16() if i in (0, 1, 4) else v for i, v in enumerate(inputs)]
+    for out_dtype in (None, torch.float32):
+        got, want = (scan(*inputs, routes, out_dtype=out_dtype) for scan in (unfused_route_scan, route_scan))
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+def test_models_are_switched_and_switched_back(benchmark):
+    from benchmarks.unfused import unfused_operators
+
+    model = timm.create_model('vmamba_nano').eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)
+        with pytest.raises(KeyError), unfused_operators() as replaced:
+            torch.testing.assert_close(model(x), want)
+            assert replaced.calls == 5  # one a block
+            raise KeyError
+        assert torch.equal(model(x), want)
+    assert replaced.calls == 5
+
+
+def test_zoo(run, benchmark, tmp_path):
+    names = ('vmamba_nano', 'no_such_model', 'vim_tiny_patch16_224')
+    code, out, _ = run(*ZOO, '--models', *names, '--csv', tmp_path / 'zoo.csv')
+    assert code == 0
+    rows = {row['model']: row for row in read(benchmark, tmp_path / 'zoo.csv')}
+    assert list(rows) == ['test_convnext', *names]
+    assert all(line.count('|') == out.splitlines()[2].count('|') for line in out.splitlines()[2:])  # one table
+    for phase in ('infer', 'train'):
+        rate = rows['test_convnext'][f'{phase} img/s']
+        assert rows['test_convnext'][f'{phase} speed / test_convnext'] == 1
+        for name in ('vmamba_nano', 'vim_tiny_patch16_224'):
+            row = rows[name]
+            assert row[f'{phase} speed / test_convnext'] == pytest.approx(row[f'{phase} img/s'] / rate)
+            assert row[f'{phase} speed / unfused'] > 0
+    assert 'Unknown model (no_such_model)' in rows['no_such_model']['problems']
+    assert 'infer img/s' not in rows['no_such_model']
+    assert (
+        not {'infer speed / unfused', 'problems'} & rows['test_convnext'].keys()
+    )  # it has no scan, which is no problem
+
+
+def test_zoo_goes_on_when_something_fails(run, benchmark, monkeypatch, tmp_path):
+    def unfused(*args, **kwargs):
+        raise torch.OutOfMemoryError if torch.is_inference_mode_enabled() else RuntimeError('no kernel\nof that size')
+
+    monkeypatch.setattr('benchmarks.unfused.unfused_route_scan', unfused)
+    code, _, _ = run(*ZOO, '--models', 'vmamba_nano', 'test_vit', '--csv', tmp_path / 'zoo.csv')
+    assert code == 0
+    row, after = read(benchmark, tmp_path / 'zoo.csv')[1:]
+    assert row['problems'] == 'infer unfused: out of memory; train unfused: RuntimeError: no kernel'
+    assert row['infer img/s'] > 0 and row['train img/s'] > 0
+    assert after['train img/s'] > 0
+
+
+def test_zoo_keeps_to_its_time(run, benchmark, tmp_path):
+    argv = (*ZOO, '--batch-size', 5, '--sizes', 224, 448, '--models', 'vmamba_nano', '--budget', 0)
+    code, _, _ = run(*argv, '--csv', tmp_path / 'zoo.csv')
+    assert code == 0
+    rows = read(benchmark, tmp_path / 'zoo.csv')
+    assert [(row['size'], row['batch']) for row in rows] == [(224, 5), (224, 5), (448, 1), (448, 1)]
+    row = rows[1]
+    assert row['problems'] == '; '.join(
+        f'{figure}: no time left' for figure in ('infer', 'train', 'infer unfused', 'train unfused')
+    )
+
+
+def test_measuring_ends_at_the_deadline(benchmark):
+    setting = benchmark.Setting(torch.device('cpu'), torch.float32, 60)
+    calls = []
+    setting.measure(lambda: calls.append(None), deadline=0.0)
+    assert len(calls) == 2  # the first, and one to measure
+
+
+def test_zoo_takes_one_standard_model_a_family(benchmark):
+    from benchmarks.zoo import standard_models
+
+    names = standard_models()
+    assert [family_of(name) for name in names] == sorted({family_of(name) for name in list_architectures()})
+    assert {'vmamba_tiny_s1l8', 'vim_tiny_patch16_224', 'mambaout_femto', 'efficientvim_m1'} <= {*names}
+    assert standard_models(['vim', 'vmamba']) == ['vim_tiny_patch16_224', 'vmamba_tiny_s1l8']
+
+
+def test_a_run_that_is_cut_short_has_written_its_rows(run, benchmark, monkeypatch, tmp_path):
+    def figures(*args):
+        yield {'model': 'a', 'infer img/s': 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, 'figures', figures)
+    with pytest.raises(KeyboardInterrupt):
+        run(*ZOO, '--csv', tmp_path / 'zoo.csv')
+    assert [row['model'] for row in read(benchmark, tmp_path / 'zoo.csv')] == ['a']
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_peak_memory_holds_the_weights_and_no_warm_up(benchmark):
     from benchmarks.models import peak_memory
@@ -212,6 +327,8 @@ def test_a_csv_is_written_whole_or_not_at_all(benchmark, tmp_path):
         (('plot', 'tables.csv', 'no.png'), 'there is no sweep to draw; make one: tools/benchmark.py ops --sweep'),
         ((*OPS, '--plot', 'no.png'), '--plot draws the sweeps: add --sweep'),
         ((*OPS, '--backend', 'fortran'), "no scan backend 'fortran': choose from auto, torch, "),
+        ((*ZOO, '--families', 'vmamba', 'resnet'), 'no family resnet: choose from '),
+        ((*ZOO, '--families', 'vmamba', '--models', 'resnet18'), 'not allowed with argument'),
         (('ops', '--shapes', '1,2,3'), 'argument --shapes: invalid shape value'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',

@@ -39,18 +39,7 @@ def time_model(setting: Setting, name: str, mode: str, batch_size: int, img_size
     model = timm.create_model(name).to(device).eval()
     call = torch.compile(model) if mode == 'compile' else model
     x = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    autocast = torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32)
-
-    def infer():
-        with torch.inference_mode(), autocast:
-            return call(x)
-
-    def step():
-        with autocast:
-            loss = call(x).float().square().mean()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
+    infer, step = make_passes(setting, model, call, x)
     figures = dict(zip(('infer first ms', 'infer ms'), setting.measure(infer)))
     if train:
         model.train()
@@ -58,6 +47,31 @@ def time_model(setting: Setting, name: str, mode: str, batch_size: int, img_size
         if setting.on_gpu:
             figures['train peak GiB'] = peak_memory(setting, step) / 2**30
     return figures
+
+
+def make_passes(
+    setting: Setting, model: torch.nn.Module, call: Callable[[torch.Tensor], object], x: torch.Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Inference, and forward and backward pass (no optimizer), of `call`, the model or what it was compiled to."""
+    autocast = torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32)
+
+    def infer():
+        with torch.inference_mode(), autocast:
+            return call(x)
+
+    def step():
+        with autocast:
+            loss = _loss(call(x))
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return infer, step
+
+
+def _loss(out: torch.Tensor | Sequence) -> torch.Tensor:
+    if isinstance(out, torch.Tensor):
+        return out.float().square().mean()
+    return sum(map(_loss, out))  # of maps
 
 
 def peak_memory(setting: Setting, step: Callable[[], object]) -> float:

@@ -42,8 +42,10 @@ class Setting(NamedTuple):
         if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def measure(self, function: Callable[[], object]) -> tuple[float, float]:
+    def measure(self, function: Callable[[], object], deadline: float = float('inf')) -> tuple[float, float]:
         """Milliseconds of the first call, which compiles, and the median of those that follow; NaN if memory ends.
+
+        Of those that follow there are at least five, or from the deadline (as of `time.perf_counter`) on at least one.
 
         On a GPU calls are timed by events and a few at a time: queued together they keep it busy, as in a model, so
         the time is the GPU's unless the host is the slower one.
@@ -68,8 +70,8 @@ class Setting(NamedTuple):
         try:
             first = timed(1)
             calls = max(1, int(20 / timed(3))) if self.on_gpu else 1
-            times, stop = [], time.perf_counter() + self.seconds
-            while len(times) < 5 or (time.perf_counter() < stop and len(times) < 1000):
+            times, stop = [timed(calls)], min(time.perf_counter() + self.seconds, deadline)
+            while len(times) < 1000 and time.perf_counter() < (deadline if len(times) < 5 else stop):
                 times.append(timed(calls))
         except torch.OutOfMemoryError:
             return NAN, NAN
