@@ -17,6 +17,7 @@ from .patch import (
     to_channels_first,
     to_channels_last,
 )
+from .scan_block import ScanBlock2d
 from .shuffle import LayerwiseShuffle
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
@@ -40,6 +41,7 @@ __all__ = [
     'PatchStem',
     'Permute',
     'RMSNorm',
+    'ScanBlock2d',
     'StridedPatchEmbed',
     'SwiGlu',
     'TokenPaths',
