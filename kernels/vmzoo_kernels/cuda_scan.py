@@ -85,14 +85,14 @@ def _warp_bytes(rank: int, d_state: int, slot_tiles: int, others: int, turned: b
 
 def _forward_kernel(rank: int, d_state: int, out_bytes: int) -> _Kernel:
     states = 0 if d_state == 1 else 2 * 4 * 32 * d_state
-    exchange = CHANNELS * (TILE + 4) * 4
+    exchange = CHANNELS * TILE * 4
     size = _warp_bytes(rank, d_state, 2, exchange + TILE * CHANNELS * out_bytes + states, False)
     return _Kernel(size, 4)
 
 
 def _backward_kernel(rank: int, d_state: int, dy_bytes: int) -> _Kernel:
     states = 0 if d_state == 1 else 3 * 4 * 32 * d_state
-    products = max(CHANNELS * (TILE + 4) * 4, 16 * (CHANNELS * (TILE // 8 + 1) + TILE * (CHANNELS // 4 + 1)))
+    products = max(CHANNELS * TILE * 4, 16 * (CHANNELS * (TILE // 8 + 1) + TILE * (CHANNELS // 4 + 1)))
     size = _warp_bytes(rank, d_state, 2 + dy_bytes, products + states, True)
     return _Kernel(size, 2)
 
@@ -129,9 +129,7 @@ def _plan(device: torch.device, kernel: _Kernel, batch: int, others: int, steps:
         num_segments = max(1, min(capacity // warps, steps // _MIN_SEGMENT))
     segment_steps = -(-steps // (num_segments * TILE)) * TILE
     num_segments = -(-steps // segment_steps)
-    items = max(
-        1, warps // (2 * capacity)
-    )  # what a warp loads once should serve several, but no warp be the last by far
+    items = max(1, -(-warps // capacity))
     parts = -(-batch // items) * num_segments
     return _Plan(items, num_segments, segment_steps, parts, -(-parts * others // _WARPS), blocks)
 

@@ -18,20 +18,19 @@ constexpr int WIDTH = RANK + 2 * D_STATE;
 constexpr int ROW_CHUNKS = (WIDTH + 7) / 8;  // 16 bytes each
 constexpr int ROW_PITCH = ROW_CHUNKS | 1;    // chunks; odd, for ldmatrix without bank conflicts
 constexpr int RANK_CHUNKS = (RANK + 7) / 8;
-constexpr int STEP_PITCH = STEPS + 4;  // floats of a channel in `Exchange`
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned FULL = 0xffffffffu;
 
 // A scan, and what of it a launch does. Strides over positions are bytes, all others elements.
 struct Scan {
-    const IO* x;          // [B, L, D] or [B, L, K, D]
-    const IO* rows;       // [B, L, K, R + 2 N], dt | B | C
-    const float* A;       // [K, D, N]
-    const float* D;       // [K, D], or null
-    const float* weight;  // [K, D, R]
-    const float* bias;    // [K, D], or null
-    const int* gather;    // [K, steps], -1: nothing is read
-    const int* merge;     // [K, steps], -1: nothing is written
+    const IO* x;            // [B, L, D] or [B, L, K, D]
+    const IO* rows;         // [B, L, K, R + 2 N], dt | B | C
+    const float* A;         // [K, D, N]
+    const float* D;         // [K, D], or null
+    const float* weight;    // [K, D, R]
+    const float* bias;      // [K, D], or null
+    const int* gather;      // [K, steps], -1: nothing is read
+    const int* merge;       // [K, steps], -1: nothing is written
     float* segment_states;  // [B, K, segments, N, D], or null
     float* segment_deltas;  // [B, K, segments, D]
     long long x_b, rows_b;
@@ -179,17 +178,22 @@ struct Weights {
                 for (int i = 0; i < RANK_CHUNKS; i++) {
                     const int r = 8 * i + 2 * (lane & 3);
                     const float* v = weight + channel * RANK + r;
-                    a[m][i][row] = pack2<IO>(there && r < RANK ? ldg(v) : 0.0f,
-                                             there && r + 1 < RANK ? ldg(v + 1) : 0.0f);
+                    a[m][i][row] =
+                        pack2<IO>(there && r < RANK ? ldg(v) : 0.0f, there && r + 1 < RANK ? ldg(v + 1) : 0.0f);
                 }
             }
         }
     }
 };
 
-// Values of a tile, on their way from the layout of products to that of the scan: a lane its channel's steps.
+// Values of a tile, on their way from the layout of products to that of the scan: a lane its channel's steps. Chunks of
+// four steps lie in an order of their own in every channel, in which neither side meets a bank twice.
 struct Exchange {
-    float* memory;  // [CHANNELS, STEP_PITCH]
+    float* memory;  // [CHANNELS, STEPS]
+
+    __device__ __forceinline__ static constexpr int place(int channel, int chunk) {
+        return channel * STEPS + 4 * (chunk ^ (channel & 2 | channel >> 2 & 1));
+    }
 
     // bias + dt . weight, from rows in shared memory.
     __device__ __forceinline__ void project(const Weights& weights, const uint4* rows, int lane) const {
@@ -202,11 +206,11 @@ struct Exchange {
             ldmatrix_x4(b, rows + i + (i + 1 < RANK_CHUNKS ? lane >> 3 & 1 : 0));
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-                const unsigned(*a)[2] = weights.a[m] + i;
+                const unsigned (*a)[2] = weights.a[m] + i;
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const float(&so_far)[4] = d[m][n];
-                    const float(&start)[4] = i == 0 ? weights.bias[m] : so_far;
+                    const float (&so_far)[4] = d[m][n];
+                    const float (&start)[4] = i == 0 ? weights.bias[m] : so_far;
                     if (i + 1 < RANK_CHUNKS) {
                         const unsigned a4[4] = {a[0][0], a[0][1], a[1][0], a[1][1]}, b2[2] = {b[2 * n], b[2 * n + 1]};
                         mma_k16<IO>(d[m][n], a4, b2, start);
@@ -216,14 +220,16 @@ struct Exchange {
                 }
             }
         }
-        float* first = memory + (lane >> 2) * STEP_PITCH + 2 * (lane & 3);
+        // Steps 8 n + 2 (lane % 4) and the next: half of chunk 2 n + lane % 4 / 2. Channels 8 apart have one order.
+        const int channel = lane >> 2, half = 2 * (lane & 1);
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
+        for (int n = 0; n < 2; n++) {
+            float* to = memory + place(channel, 2 * n + (lane >> 1 & 1)) + half;
 #pragma unroll
-            for (int row = 0; row < 2; row++) {
+            for (int m = 0; m < 2; m++) {
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    *reinterpret_cast<float2*>(first + (16 * m + 8 * row) * STEP_PITCH + 8 * n) =
+                for (int row = 0; row < 2; row++) {
+                    *reinterpret_cast<float2*>(to + (16 * m + 8 * row) * STEPS) =
                         make_float2(d[m][n][2 * row], d[m][n][2 * row + 1]);
                 }
             }
@@ -233,7 +239,7 @@ struct Exchange {
     __device__ __forceinline__ void read(float (&v)[STEPS], int lane) const {
 #pragma unroll
         for (int i = 0; i < STEPS / 4; i++) {
-            const float4 four = reinterpret_cast<const float4*>(memory + lane * STEP_PITCH)[i];
+            const float4 four = *reinterpret_cast<const float4*>(memory + place(lane, i));
             v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
         }
     }
@@ -286,6 +292,6 @@ constexpr int STATES_SIZE = D_STATE == 1 ? 0 : 32 * D_STATE;  // floats
 // Parts of a warp's shared memory, in chunks of 16 bytes.
 constexpr int ROWS_SIZE = STEPS * ROW_PITCH;
 constexpr int INPUTS_SIZE = 2 * D_STATE * STEPS / 4;
-constexpr int EXCHANGE_SIZE = CHANNELS * STEP_PITCH / 4;
+constexpr int EXCHANGE_SIZE = CHANNELS * STEPS / 4;
 template <typename T>
 constexpr int TILE_SIZE = STEPS * CHANNELS * sizeof(T) / 16;

@@ -16,7 +16,7 @@ struct Params {
     int dy_l, dy_k, dx_l, dx_k;  // .._l are bytes
 };
 
-constexpr int PARAMS = RANK + D_STATE + 2;       // gradients of a channel's parameters
+constexpr int PARAMS = RANK + D_STATE + 2;              // gradients of a channel's parameters
 constexpr int PART = (RANK + 1) / 2 * 2 + 2 * D_STATE;  // columns of a part of d_rows: dt, then B and C of each state
 template <typename T>
 constexpr unsigned one = 0x3c00u;
@@ -76,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
     Stream<TILE_SIZE<DY> / STEPS, TILE_SIZE<DY> / STEPS> dy(
         params.dy + (long long)task.first_item * params.dy_b + (long long)k * params.dy_k + d0, params.dy_l,
         channels * sizeof(DY) / 16, lane);
-    Stream<ROW_CHUNKS, ROW_PITCH> rows(
-        p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k, p.rows_l, ROW_CHUNKS, lane);
+    Stream<ROW_CHUNKS, ROW_PITCH> rows(p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k,
+                                       p.rows_l, ROW_CHUNKS, lane);
     const int last_tile = (task.tiles - 1) * STEPS;  // its first step
     int ahead = last_tile, items_ahead = task.items, slot_ahead = 0, slot_now = (SLOTS - 1) * SLOT_SIZE;
     Positions next, next_out, read[SLOTS];  // read: of this tile and those that are in shared memory
@@ -125,9 +125,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
         float* segment_states = p.segment_states + i_segment * D_STATE * p.dim + d;
         const float* states = params.states + i_tile * D_STATE * p.dim + d;
         IO* dx = pinned(params.dx + item * params.dx_b + (long long)k * params.dx_k + d0);
-        IO* parts = pinned(params.d_rows +
-                           ((task.block * (long long)p.batch + item) * p.positions * p.num_routes + k) * PART);
-        float delta_sum = 0.0f;
+        IO* parts =
+            pinned(params.d_rows + ((task.block * (long long)p.batch + item) * p.positions * p.num_routes + k) * PART);
+        float delta_sum = 0.0f, next_start = !SUMMARY && there ? ldg(states) : 0.0f;
 #pragma unroll 1
         for (int n = 0; n < D_STATE; n++) {
             const bool known = !SUMMARY && p.segment_states != nullptr && there;
@@ -135,180 +135,181 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
         }
 #pragma unroll 1
         for (int t0 = last_tile; t0 >= 0; t0 -= STEPS) {
-        const bool whole = t0 + STEPS <= task.length;
-        float start = !SUMMARY && there ? ldg(states) : 0.0f;
-        fetch_next();
-        cp_async_wait<SLOTS - 1>();
-        __syncwarp();
-        slot_now = slot_now == (SLOTS - 1) * SLOT_SIZE ? 0 : slot_now + SLOT_SIZE;
-        uint4* slot = slots + slot_now;
-        const uint4 *dy_slot = slot + TILE_SIZE<IO>, *rows_slot = dy_slot + TILE_SIZE<DY>;
+            const bool whole = t0 + STEPS <= task.length;
+            float start = next_start;  // of the first state; fetched a tile ahead
+            if (t0 > 0) next_start = !SUMMARY && there ? ldg(states - D_STATE * p.dim) : 0.0f;
+            fetch_next();
+            cp_async_wait<SLOTS - 1>();
+            __syncwarp();
+            slot_now = slot_now == (SLOTS - 1) * SLOT_SIZE ? 0 : slot_now + SLOT_SIZE;
+            uint4* slot = slots + slot_now;
+            const uint4 *dy_slot = slot + TILE_SIZE<IO>, *rows_slot = dy_slot + TILE_SIZE<DY>;
 
-        exchange.project(weights, rows_slot, lane);
-        inputs.convert(rows_slot, lane);
-        __syncwarp();
-        float delta[STEPS], slope[STEPS], xs[STEPS];
-        exchange.read(delta, lane);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const float raw = delta[s];
-            float e;
-            delta[s] = softplus(raw, e);
-            slope[s] = sigmoid(raw, e);
-        }
-        if (!SUMMARY) read_tile<IO>(xs, slot, lane);
-        if (!whole) {  // a step past the end leaves the state alone; dy is zero there
-            rarely();
+            exchange.project(weights, rows_slot, lane);
+            inputs.convert(rows_slot, lane);
+            __syncwarp();
+            float delta[STEPS], slope[STEPS], xs[STEPS];
+            exchange.read(delta, lane);
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
-                if (t0 + s >= task.length) delta[s] = slope[s] = 0.0f;
+                const float raw = delta[s];
+                float e;
+                delta[s] = softplus(raw, e);
+                slope[s] = sigmoid(raw, e);
             }
-        }
-        if (SUMMARY) {
+            if (!SUMMARY) read_tile<IO>(xs, slot, lane);
+            if (!whole) {  // a step past the end leaves the state alone; dy is zero there
+                rarely();
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                delta_sum += delta[s];
-                if (SEQUENCES && (task.begin + t0 + s) % p.sequence == 0) delta_sum = 1e30f;  // forgets all
+                for (int s = 0; s < STEPS; s++) {
+                    if (t0 + s >= task.length) delta[s] = slope[s] = 0.0f;
+                }
             }
-        }
-        float d_u[STEPS], d_delta[STEPS];  // u = delta x; d_delta without the part through u
-        unsigned d_raw[STEPS / 2];         // dL/d(what goes into the softplus)
-        float d_raw_after = 0.0f;
-        // From the last step to the first: dx, which takes the place of x, and d_raw.
-        auto finish = [&](int s, float dy_s) {
-            const float v = fmaf(d_u[s], xs[s], d_delta[s]) * slope[s];
-            d_bias += v;
-            if (s % 2 == 0) d_raw[s / 2] = pack2<IO>(v, d_raw_after);
-            d_raw_after = v;
-            reinterpret_cast<IO*>(slot)[s * CHANNELS + lane] = from_float<IO>(fmaf(d_u[s], delta[s], skip * dy_s));
-        };
-        float pair_sums[4];                // (d_B, d_C) of lane % 4's state of four, at two steps
-        __syncwarp();                      // step sizes are read: products may be written
-#pragma unroll 1
-        for (int n = 0; n < D_STATE; n++) {
-            const float rate = rates.get(n, lane);
-            float after = q.get(n, lane);
-            float decay[STEPS];
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                decay[s] = ex2(delta[s] * (LOG2E * rate));
-                if (SEQUENCES && (task.begin + t0 + s) % p.sequence == 0) decay[s] = 0.0f;
-            }
-            const DY* dys = reinterpret_cast<const DY*>(dy_slot) + lane;
             if (SUMMARY) {
-                float C[4];
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) {
+                    delta_sum += delta[s];
+                    if (SEQUENCES && (task.begin + t0 + s) % p.sequence == 0) delta_sum = 1e30f;  // forgets all
+                }
+            }
+            float d_u[STEPS], d_delta[STEPS];  // u = delta x; d_delta without the part through u
+            unsigned d_raw[STEPS / 2];         // dL/d(what goes into the softplus)
+            float d_raw_after = 0.0f;
+            // From the last step to the first: dx, which takes the place of x, and d_raw.
+            auto finish = [&](int s, float dy_s) {
+                const float v = fmaf(d_u[s], xs[s], d_delta[s]) * slope[s];
+                d_bias += v;
+                if (s % 2 == 0) d_raw[s / 2] = pack2<IO>(v, d_raw_after);
+                d_raw_after = v;
+                reinterpret_cast<IO*>(slot)[s * CHANNELS + lane] = from_float<IO>(fmaf(d_u[s], delta[s], skip * dy_s));
+            };
+            float pair_sums[4];  // (d_B, d_C) of lane % 4's state of four, at two steps
+            __syncwarp();        // step sizes are read: products may be written
+#pragma unroll 1
+            for (int n = 0; n < D_STATE; n++) {
+                const float rate = rates.get(n, lane);
+                float after = q.get(n, lane);
+                float decay[STEPS];
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) {
+                    decay[s] = ex2(delta[s] * (LOG2E * rate));
+                    if (SEQUENCES && (task.begin + t0 + s) % p.sequence == 0) decay[s] = 0.0f;
+                }
+                const DY* dys = reinterpret_cast<const DY*>(dy_slot) + lane;
+                if (SUMMARY) {
+                    float C[4];
+#pragma unroll
+                    for (int s = STEPS - 1; s >= 0; s--) {
+                        if (s % 4 == 3) inputs.read(C, n, true, s / 4);
+                        after = decay[s] * fmaf(C[s % 4], to_float(dys[s * CHANNELS]), after);
+                    }
+                    q.set(n, lane, after);
+                    continue;
+                }
+                float B[4], C[4], h[STEPS];
+                const float before = start;
+                if (n + 1 < D_STATE) start = there ? ldg(states + (n + 1) * p.dim) : 0.0f;
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) {
+                    if (s % 4 == 0) inputs.read(B, n, false, s / 4);
+                    h[s] = fmaf(decay[s], s == 0 ? before : h[s > 0 ? s - 1 : 0], delta[s] * xs[s] * B[s % 4]);
+                }
+                float d_rate = 0.0f;
 #pragma unroll
                 for (int s = STEPS - 1; s >= 0; s--) {
-                    if (s % 4 == 3) inputs.read(C, n, true, s / 4);
-                    after = decay[s] * fmaf(C[s % 4], to_float(dys[s * CHANNELS]), after);
+                    if (s % 4 == 3) inputs.read(B, n, false, s / 4), inputs.read(C, n, true, s / 4);
+                    const float dy_s = to_float(dys[s * CHANNELS]);
+                    const float g = fmaf(C[s % 4], dy_s, after);
+                    after = decay[s] * g;
+                    const float d_log = after * (s == 0 ? before : h[s > 0 ? s - 1 : 0]);  // dL/d(delta A)
+                    d_u[s] = n == 0 ? g * B[s % 4] : fmaf(g, B[s % 4], d_u[s]);
+                    d_delta[s] = n == 0 ? d_log * rate : fmaf(d_log, rate, d_delta[s]);
+                    d_rate = fmaf(d_log, delta[s], d_rate);
+                    reinterpret_cast<unsigned*>(pairs + s * PAIR_PITCH)[lane] =
+                        pack2<IO>(g * delta[s] * xs[s], h[s] * dy_s);
+                    if (n == 0) d_skip = fmaf(xs[s], dy_s, d_skip);
+                    if (D_STATE == 1) finish(s, dy_s);  // at once: it needs no registers then
                 }
                 q.set(n, lane, after);
+                d_A.set(n, lane, d_A.get(n, lane) + d_rate);
+
+                // Sums over channels: row s of the product is step s, column 2 j + i is d_B or d_C of state 4 (n / 4) + j.
+                __syncwarp();
+                const int column = lane >> 2;
+                const unsigned here = column == 2 * (n & 3) ? ONE : column == 2 * (n & 3) + 1 ? ONE << 16 : 0u;
+                const unsigned ones[2] = {here, here};
+                if (n % 4 == 0) pair_sums[0] = pair_sums[1] = pair_sums[2] = pair_sums[3] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < CHANNELS / 4; i += 2) {
+                    unsigned a[4];
+                    ldmatrix_x4(a, pairs + (lane & 15) * PAIR_PITCH + i + (lane >> 4));
+                    mma_k16<IO>(pair_sums, a, ones, pair_sums);
+                }
+                if (n % 4 == 3 || n == D_STATE - 1) {
+                    const int state = (n & ~3) + (lane & 3);
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        if (read[0].at[j] < 0 || state >= D_STATE) continue;
+                        IO* to = at(parts, read[0].at[j], p.num_routes * PART * 2) + PART - 2 * D_STATE + 2 * state;
+                        store_global(reinterpret_cast<unsigned*>(to),
+                                     pack2<IO>(pair_sums[2 * j], pair_sums[2 * j + 1]));
+                    }
+                }
+                if (D_STATE > 1) __syncwarp();
+            }
+            if (SUMMARY) {
+                __syncwarp();
                 continue;
             }
-            float B[4], C[4], h[STEPS];
-            const float before = start;
-            if (n + 1 < D_STATE) start = there ? ldg(states + (n + 1) * p.dim) : 0.0f;
+            states -= D_STATE * p.dim;
+            if (D_STATE > 1) {
+                const DY* dys = reinterpret_cast<const DY*>(dy_slot) + lane;
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                if (s % 4 == 0) inputs.read(B, n, false, s / 4);
-                h[s] = fmaf(decay[s], s == 0 ? before : h[s > 0 ? s - 1 : 0], delta[s] * xs[s] * B[s % 4]);
+                for (int s = STEPS - 1; s >= 0; s--) finish(s, to_float(dys[s * CHANNELS]));
             }
-            float d_rate = 0.0f;
 #pragma unroll
-            for (int s = STEPS - 1; s >= 0; s--) {
-                if (s % 4 == 3) inputs.read(B, n, false, s / 4), inputs.read(C, n, true, s / 4);
-                const float dy_s = to_float(dys[s * CHANNELS]);
-                const float g = fmaf(C[s % 4], dy_s, after);
-                after = decay[s] * g;
-                const float d_log = after * (s == 0 ? before : h[s > 0 ? s - 1 : 0]);  // dL/d(delta A)
-                d_u[s] = n == 0 ? g * B[s % 4] : fmaf(g, B[s % 4], d_u[s]);
-                d_delta[s] = n == 0 ? d_log * rate : fmaf(d_log, rate, d_delta[s]);
-                d_rate = fmaf(d_log, delta[s], d_rate);
-                reinterpret_cast<unsigned*>(pairs + s * PAIR_PITCH)[lane] =
-                    pack2<IO>(g * delta[s] * xs[s], h[s] * dy_s);
-                if (n == 0) d_skip = fmaf(xs[s], dy_s, d_skip);
-                if (D_STATE == 1) finish(s, dy_s);  // at once: it needs no registers then
+            for (int i = 0; i < STEPS / 8; i++) {
+                raws[lane * RAW_PITCH + i] =
+                    make_uint4(d_raw[4 * i], d_raw[4 * i + 1], d_raw[4 * i + 2], d_raw[4 * i + 3]);
             }
-            q.set(n, lane, after);
-            d_A.set(n, lane, d_A.get(n, lane) + d_rate);
-
-            // Sums over channels: row s of the product is step s, column 2 j + i is d_B or d_C of state 4 (n / 4) + j.
             __syncwarp();
-            const int column = lane >> 2;
-            const unsigned here = column == 2 * (n & 3) ? ONE : column == 2 * (n & 3) + 1 ? ONE << 16 : 0u;
-            const unsigned ones[2] = {here, here};
-            if (n % 4 == 0) pair_sums[0] = pair_sums[1] = pair_sums[2] = pair_sums[3] = 0.0f;
+            // d_dt = d_raw . weight
+            unsigned a[CHANNELS / 16][4];
 #pragma unroll
-            for (int i = 0; i < CHANNELS / 4; i += 2) {
-                unsigned a[4];
-                ldmatrix_x4(a, pairs + (lane & 15) * PAIR_PITCH + i + (lane >> 4));
-                mma_k16<IO>(pair_sums, a, ones, pair_sums);
+            for (int i = 0; i < CHANNELS / 16; i++) {
+                const int channel = 16 * i + (lane & 7) + (lane & 16) / 2;
+                ldmatrix_x4_trans(a[i], raws + channel * RAW_PITCH + (lane >> 3 & 1));
             }
-            if (n % 4 == 3 || n == D_STATE - 1) {
-                const int state = (n & ~3) + (lane & 3);
+#pragma unroll
+            for (int i = 0; i < RANK_CHUNKS; i++) {
+                unsigned b[4];
+                ldmatrix_x4(b, turned + (8 * i + (lane & 7)) * TURNED_PITCH + (lane >> 3));
+                float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                const unsigned low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+                mma_k16<IO>(v, a[0], low, v);
+                mma_k16<IO>(v, a[1], high, v);
+                const int r = 8 * i + 2 * (lane & 3);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    if (read[0].at[j] < 0 || state >= D_STATE) continue;
-                    IO* to = at(parts, read[0].at[j], p.num_routes * PART * 2) + PART - 2 * D_STATE + 2 * state;
-                    store_global(reinterpret_cast<unsigned*>(to),
-                                 pack2<IO>(pair_sums[2 * j], pair_sums[2 * j + 1]));
+                    if (read[0].at[j] < 0 || r >= RANK) continue;
+                    store_global(reinterpret_cast<unsigned*>(at(parts, read[0].at[j], p.num_routes * PART * 2) + r),
+                                 pack2<IO>(v[2 * j], v[2 * j + 1]));
                 }
             }
-            if (D_STATE > 1) __syncwarp();
-        }
-        if (SUMMARY) {
-            __syncwarp();
-            continue;
-        }
-        states -= D_STATE * p.dim;
-        if (D_STATE > 1) {
-            const DY* dys = reinterpret_cast<const DY*>(dy_slot) + lane;
+            // d_weight += d_raw^T . dt
 #pragma unroll
-            for (int s = STEPS - 1; s >= 0; s--) finish(s, to_float(dys[s * CHANNELS]));
-        }
-#pragma unroll
-        for (int i = 0; i < STEPS / 8; i++) {
-            raws[lane * RAW_PITCH + i] =
-                make_uint4(d_raw[4 * i], d_raw[4 * i + 1], d_raw[4 * i + 2], d_raw[4 * i + 3]);
-        }
-        __syncwarp();
-        // d_dt = d_raw . weight
-        unsigned a[CHANNELS / 16][4];
-#pragma unroll
-        for (int i = 0; i < CHANNELS / 16; i++) {
-            const int channel = 16 * i + (lane & 7) + (lane & 16) / 2;
-            ldmatrix_x4_trans(a[i], raws + channel * RAW_PITCH + (lane >> 3 & 1));
-        }
-#pragma unroll
-        for (int i = 0; i < RANK_CHUNKS; i++) {
-            unsigned b[4];
-            ldmatrix_x4(b, turned + (8 * i + (lane & 7)) * TURNED_PITCH + (lane >> 3));
-            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            const unsigned low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-            mma_k16<IO>(v, a[0], low, v);
-            mma_k16<IO>(v, a[1], high, v);
-            const int r = 8 * i + 2 * (lane & 3);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (read[0].at[j] < 0 || r >= RANK) continue;
-                store_global(reinterpret_cast<unsigned*>(at(parts, read[0].at[j], p.num_routes * PART * 2) + r),
-                             pack2<IO>(v[2 * j], v[2 * j + 1]));
+            for (int m = 0; m < 2; m++) {
+                ldmatrix_x4(a[m], raws + (16 * m + (lane & 15)) * RAW_PITCH + (lane >> 4));
             }
-        }
-        // d_weight += d_raw^T . dt
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-            ldmatrix_x4(a[m], raws + (16 * m + (lane & 15)) * RAW_PITCH + (lane >> 4));
-        }
+            for (int i = 0; i < RANK_CHUNKS; i++) {
+                unsigned b[2];
+                ldmatrix_x2_trans(b, rows_slot + (lane & 15) * ROW_PITCH + i);
 #pragma unroll
-        for (int i = 0; i < RANK_CHUNKS; i++) {
-            unsigned b[2];
-            ldmatrix_x2_trans(b, rows_slot + (lane & 15) * ROW_PITCH + i);
-#pragma unroll
-            for (int m = 0; m < 2; m++) mma_k16<IO>(d_weight[m][i], a[m], b, d_weight[m][i]);
-        }
-        store_tile(dx, reinterpret_cast<const IO*>(slot), params.dx_l, read[0], channels / 8, lane);
-        __syncwarp();
+                for (int m = 0; m < 2; m++) mma_k16<IO>(d_weight[m][i], a[m], b, d_weight[m][i]);
+            }
+            store_tile(dx, reinterpret_cast<const IO*>(slot), params.dx_l, read[0], channels / 8, lane);
+            __syncwarp();
         }
         if (!SUMMARY || !there) continue;
         p.segment_deltas[i_segment * p.dim + d] = delta_sum;

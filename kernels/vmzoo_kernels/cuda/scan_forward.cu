@@ -44,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
     // Tiles are fetched SLOTS - 1 ahead, their positions one more.
     Stream<TILE_SIZE<IO> / STEPS, TILE_SIZE<IO> / STEPS> x(
         p.x + (long long)task.first_item * p.x_b + (long long)k * p.x_k + d0, p.x_l, channels / 8, lane);
-    Stream<ROW_CHUNKS, ROW_PITCH> rows(
-        p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k, p.rows_l, ROW_CHUNKS, lane);
+    Stream<ROW_CHUNKS, ROW_PITCH> rows(p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k,
+                                       p.rows_l, ROW_CHUNKS, lane);
     int ahead = 0, items_ahead = task.items, slot_ahead = 0, slot = (SLOTS - 1) * SLOT_SIZE;
     Positions next, out[SLOTS];  // out: of this tile and those that are in shared memory
     next.load(gather, task.length, lane);

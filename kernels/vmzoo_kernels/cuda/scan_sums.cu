@@ -38,11 +38,11 @@ constexpr int PARAMS = RANK + D_STATE + 2;
 constexpr int THREADS = 256, COLUMNS = 32;
 
 struct Params {
-    const FROM* routes;                             // [rows, K, D]
-    TO* routes_sum;                                 // [rows, D]
-    const unsigned* rows;                           // [channel blocks, rows, K, PAIRS]
-    IO* rows_sum;                                   // [rows, K, pitch], dt | B | C | zeros
-    const float* params;                            // [parts, K, D, weight (R) | A (N) | bias | D]
+    const FROM* routes;                            // [rows, K, D]
+    TO* routes_sum;                                // [rows, D]
+    const unsigned* rows;                          // [channel blocks, rows, K, PAIRS]
+    IO* rows_sum;                                  // [rows, K, pitch], dt | B | C | zeros
+    const float* params;                           // [parts, K, D, weight (R) | A (N) | bias | D]
     float *weight_sum, *A_sum, *bias_sum, *D_sum;  // [K, D, R], [K, D, N], [K, D], [K, D]
     long long num_rows;
     int num_routes, dim, channel_blocks, pitch, param_parts;
