@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vmzoo_kernels import gather_routes, get_routes, merge_routes, route_scan, selective_scan
+from vmzoo_kernels import gather_routes, get_routes, merge_routes, projected_scan, selective_scan
 
 from .timing import Row, Setting
 
@@ -45,16 +45,15 @@ def ss2d_inputs(setting: Setting, batch: int, dim: int, side: int, d_state: int)
         'x_proj': normal(4, rank + 2 * d_state, dim, dtype=dtype) * dim**-0.5,
         'A': -torch.exp(0.5 * normal(4, dim, d_state)),
         'D': normal(4, dim),
-        'dt_weight': normal(4, dim, rank, dtype=dtype) * rank**-0.5,
+        'dt_weight': normal(4, dim, rank) * rank**-0.5,
         'dt_bias': normal(4, dim) - 3.0,
     }
     return {**tensors, 'routes': get_routes('cross', side, side, device=device)}
 
 
 def fused(x, x_proj, A, D, dt_weight, dt_bias, routes, backend='auto') -> Tensor:
-    """One matmul for the projections of all routes, then the fused operator."""
-    x_dbl = (x @ x_proj.flatten(0, 1).mT).unflatten(-1, x_proj.shape[:2])
-    return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, backend=backend)
+    """The fused operator, projections of all routes included."""
+    return projected_scan(x, x_proj, A, D, dt_weight, dt_bias, routes, backend=backend)
 
 
 def unfused(x, x_proj, A, D, dt_weight, dt_bias, routes) -> Tensor:
@@ -62,7 +61,7 @@ def unfused(x, x_proj, A, D, dt_weight, dt_bias, routes) -> Tensor:
     rank, d_state = dt_weight.shape[-1], A.shape[-1]
     xs = gather_routes(x, routes)[:, :, 0].mT.contiguous()  # [B, K, D, L]
     dt, B, C = torch.einsum('bkdl,kcd->bkcl', xs, x_proj).split([rank, d_state, d_state], dim=2)
-    delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_weight)
+    delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_weight.to(dt.dtype))
     A, D, dt_bias = (v.flatten(0, 1) for v in (A, D, dt_bias))
     y = selective_scan(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, D, None, dt_bias, True)
     return merge_routes(y.unflatten(1, (routes.num_routes, -1)).mT.unsqueeze(2), routes)
@@ -98,7 +97,8 @@ def mamba_ssm_scan() -> Callable[..., Tensor] | None:
 
 
 def time_passes(setting: Setting, function: Callable[..., Tensor], inputs: dict) -> Row:
-    """First and median milliseconds of the forward pass alone, and of it with the gradients of all tensors."""
+    """First and median milliseconds of the forward pass alone, and of it with the gradients of all tensors; on a GPU
+    also as CUDA graphs."""
     setting.release_memory()
     inputs = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     leaves = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -111,10 +111,13 @@ def time_passes(setting: Setting, function: Callable[..., Tensor], inputs: dict)
     def step():
         return torch.autograd.grad(function(**inputs), leaves, dy)
 
-    times = {name: setting.measure(call) for name, call in zip(PASSES, (forward, step))}
+    calls = dict(zip(PASSES, (forward, step)))
+    times = {name: setting.measure(call) for name, call in calls.items()}
+    graphs = {f'{name} graph ms': setting.measure_graph(call) for name, call in calls.items()} if setting.on_gpu else {}
     return {
         **{f'first {name} ms': first for name, (first, _) in times.items()},
         **{f'{name} ms': median for name, (_, median) in times.items()},
+        **graphs,
     }
 
 

@@ -76,3 +76,26 @@ class Setting(NamedTuple):
         except torch.OutOfMemoryError:
             return NAN, NAN
         return first, statistics.median(times)
+
+    def measure_graph(self, function: Callable[[], object]) -> float:
+        """Median milliseconds of the call replayed as a CUDA graph, for which the host does next to nothing.
+
+        NaN on a CPU, and where the call cannot be captured or memory ends.
+        """
+        if not self.on_gpu:
+            return NAN
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                function()
+        except RuntimeError as error:  # OutOfMemoryError is one too
+            print(f'no graph: {error}'.splitlines()[0])
+            torch.cuda.synchronize()
+            return NAN
+        return self.measure(graph.replay)[1]

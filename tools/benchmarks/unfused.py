@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmzoo_kernels import Routes, gather_routes, merge_routes, route_scan, selective_scan
+from vmzoo_kernels import Routes, gather_routes, merge_routes, projected_scan, route_scan, selective_scan
 
 
 def unfused_route_scan(
@@ -40,21 +41,34 @@ def unfused_route_scan(
     return merge_routes(y.to(out_dtype or y.dtype).permute(0, 2, 1, 4, 3), routes, reduce=merge)
 
 
+def unfused_projected_scan(x: Tensor, x_proj: Tensor, *args, **kwargs) -> Tensor:
+    """`projected_scan` as a product and :func:`unfused_route_scan`."""
+    return unfused_route_scan(x, F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]), *args, **kwargs)
+
+
 @contextmanager
 def unfused_operators() -> Iterator[SimpleNamespace]:
-    """Puts `unfused_route_scan` in the place of `route_scan` in all of vmzoo; yields an object whose `calls` counts."""
+    """Puts the unfused operators in the place of the fused in all of vmzoo; yields an object whose `calls` counts."""
     counter = SimpleNamespace(calls=0)
 
-    def counted(*args, **kwargs) -> Tensor:
-        counter.calls += 1
-        return unfused_route_scan(*args, **kwargs)
+    def counted(operator):
+        def call(*args, **kwargs) -> Tensor:
+            counter.calls += 1
+            return operator(*args, **kwargs)
+
+        return call
 
     loaded = [module for name, module in list(sys.modules.items()) if name.startswith('vmzoo.')]
-    users = [module for module in loaded if vars(module).get('route_scan') is route_scan]
-    for module in users:
-        module.route_scan = counted
+    users = [
+        (module, fused.__name__, fused, counted(unfused))
+        for fused, unfused in ((route_scan, unfused_route_scan), (projected_scan, unfused_projected_scan))
+        for module in loaded
+        if vars(module).get(fused.__name__) is fused
+    ]
+    for module, name, _, unfused in users:
+        setattr(module, name, unfused)
     try:
         yield counter
     finally:
-        for module in users:
-            module.route_scan = route_scan
+        for module, name, fused, _ in users:
+            setattr(module, name, fused)
