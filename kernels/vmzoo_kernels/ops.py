@@ -1,9 +1,9 @@
-"""The operators users call, and the one ``torch.library`` operator behind them.
+"""The operators users call, and the ``torch.library`` operator behind them.
 
 ``vmzoo::scan`` is the general form: it reads K routes of a channels-last map (or one map a route), forms the step
 sizes from their low-rank factors (or takes them whole), scans, and puts the outputs back. :func:`route_scan` is that
-operator; :func:`selective_scan` is it with full step sizes, along the sequence itself. Schema, fake, autograd, autocast
-and FLOP formula are registered once, for both.
+operator; :func:`selective_scan` is it with full step sizes, along the sequence itself, or
+``vmzoo::sequence_scan`` where kernels take its layout as it is.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chunked, cuda_scan
+from . import chunked, cuda_scan, cuda_sequence, sequence
 from .backends import resolve_backend
-from .common import STATE_INTERVAL, ScanInputs, compute_dtype, runs_plainly, state_interval
+from .common import STATE_INTERVAL, ScanInputs, compute_dtype, state_interval
+from .operators import direct_call, empty_grads, own_grads, register_autocast
 from .routes import Routes, get_routes
 
 
@@ -135,18 +136,7 @@ def _backward(
         dx, d_dt, d_B, d_C, *others = grads
         beyond = [d_dt.new_zeros(()).expand(*dt.shape[:3], dt.shape[3] - d_dt.shape[3] - 2 * d_B.shape[3])]
         grads = (dx, torch.cat((d_dt, d_B, d_C, *beyond), dim=-1), None, None, *others)
-    return [x.new_empty(0) if v is None else _own(grad, v.dtype) for v, grad in zip(inputs[:8], grads)]
-
-
-def _own(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient as the operator promises it: contiguous, in the dtype of its input, sharing memory with no other."""
-    if grad.dtype == dtype and grad.is_contiguous() and grad.untyped_storage().nbytes() == grad.nbytes:
-        return grad
-    return grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _empty_grads(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
-    return [inputs[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs]
+    return own_grads(inputs[:8], grads)
 
 
 _scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, mutates_args=())
@@ -154,7 +144,7 @@ _scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, muta
 
 @_scan_backward.register_fake
 def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, backend):
-    return _empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
+    return empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -181,55 +171,8 @@ def _autograd(ctx, dy, *unused):
 _scan.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _autocast_tensors(tensors: tuple[Tensor | None, ...], device_type: str) -> list[Tensor | None]:
-    """x, dt, B and C in the autocast dtype, A, D, dt_weight and dt_bias in float32; float64 as it is.
-
-    Only what flows is cast: the scan is sensitive to its parameters, and they are small.
-    """
-    dtype = torch.get_autocast_dtype(device_type)
-    wanted = [dtype] * 4 + [torch.float32] * 4
-    return [v if v is None or v.dtype == torch.float64 else v.to(to) for v, to in zip(tensors, wanted)]
-
-
-def _autocast(device_type: str):
-    def kernel(_, *inputs):
-        tensors = _autocast_tensors(inputs[:8], device_type)
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.vmzoo.scan(*tensors, *inputs[8:])
-
-    return kernel
-
-
-_LIBRARY = torch.library.Library('vmzoo', 'FRAGMENT')
-for _device_type in ('cpu', 'cuda'):
-    _LIBRARY.impl('scan', _autocast(_device_type), f'Autocast{_device_type.upper()}', with_keyset=True)
-
-
-class _Direct(torch.autograd.Function):
-    """The operator without torch's dispatcher, whose Python takes longer than the kernel of a small map."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, dy, *unused):
-        # With create_graph, the operator says that its gradients have none.
-        return _gradients(ctx, dy, torch.ops.vmzoo.scan_backward if torch.is_grad_enabled() else _backward)
-
-
-def _call(tensors: tuple[Tensor | None, ...], *options) -> tuple[Tensor, Tensor, Tensor]:
-    """``vmzoo::scan``, directly where nothing looks into the computation."""
-    device_type = tensors[0].device.type
-    if device_type not in ('cpu', 'cuda') or not runs_plainly(*tensors):
-        return torch.ops.vmzoo.scan(*tensors, *options)
-    if torch.is_autocast_enabled(device_type):
-        tensors = _autocast_tensors(tensors, device_type)
-    return _Direct.apply(*tensors, *options)
+register_autocast('scan', 8)
+_call = direct_call('scan', _forward, _setup_context, _gradients, _backward)
 
 
 def scan_flops(
@@ -271,6 +214,16 @@ def _(
     dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, *args, **kw
 ) -> int:
     return 2 * _shape_flops(x, A, D, dt_weight, gather, segment)
+
+
+@register_flop_formula(torch.ops.vmzoo.sequence_scan)
+def _(u, delta, B, C, A, D, *args, out_shape=None, **kwargs) -> int:
+    return scan_flops(u[0], u[2], 1, *A, 0, D is not None, False)
+
+
+@register_flop_formula(torch.ops.vmzoo.sequence_scan_backward)
+def _(dy, u, delta, B, C, A, D, *args, out_shape=None, **kwargs) -> int:
+    return 2 * scan_flops(u[0], u[2], 1, *A, 0, D is not None, False)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -425,6 +378,44 @@ def _grouped(name: str, v: Tensor, u: Tensor, d_state: int) -> Tensor:
     return v
 
 
+def _scan_channels_last(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+    segment: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y [B, D, L] and the last states [B, D, N] of ``vmzoo::scan``, each of G groups being a route."""
+    groups, length = B.shape[1], u.shape[2]
+
+    def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
+        v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
+        # A copy costs less than kernels that read against the grain.
+        return v.contiguous() if backend == 'triton' else v
+
+    order = get_routes('forward', 1, length, device=u.device)
+    table = order.gather if groups == 1 else order.gather.expand(groups, 1, length)
+    tensors = (
+        channels(u),
+        channels(delta),
+        B.permute(0, 3, 1, 2),
+        C.permute(0, 3, 1, 2),
+        A.unflatten(0, (groups, -1)),
+        None if D is None else D.unflatten(0, (groups, -1)),
+        None,
+        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
+    )
+    options = (table, table, True, False, softplus, segment, False, flowing_dtype(u), keep, backend)
+    y, last, _ = _call(tensors, *options)
+    return y.permute(0, 2, 3, 1).flatten(1, 2), last.flatten(1, 3)
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -463,7 +454,7 @@ def selective_scan(
             shorter. 'auto' is the published choice: 4 in sequences of up to 128 steps, 8 of up to 256, else 16. A
             segment of one step is a plain scan. Triton takes up to 32 steps, torch any number, in time that grows with
             it.
-        backend: 'auto', 'torch' or 'triton'.
+        backend: 'auto', 'torch', 'triton' or 'cuda'.
 
     Returns:
         y [B, D, L] in the dtype of ``u``; with ``return_last_state`` also the state [B, D, N] in float32.
@@ -477,6 +468,8 @@ def selective_scan(
         raise ValueError(f'u should be [B, D, L] and A [D, N], got {tuple(u.shape)} and {tuple(A.shape)}')
     batch, dim, length = u.shape
     d_state = A.shape[1]
+    if length == 0:
+        raise ValueError(f'u has no step to scan: {tuple(u.shape)}')
     _expect('delta', delta, (batch, dim, length), '[B, D, L]')
     _expect('A', A, (dim, d_state), '[D, N]')
     for name, v in (('D', D), ('delta_bias', delta_bias)):
@@ -491,40 +484,14 @@ def selective_scan(
     B, C = (v.repeat_interleave(groups // v.shape[1], dim=1) if v.shape[1] != groups else v for v in (B, C))
 
     segment = 0 if segment is None else _segment_steps(segment, length)
-    unfit = _ONE_WAY if segment else 'it takes scans along routes'
+    keep = needs_grad(u, delta, A, B, C, D, delta_bias)
+    dtypes = [flowing_dtype(v) for v in (u, delta, B, C)]
+    unfit = _ONE_WAY if segment else cuda_sequence.why_not(dtypes, dim, groups, d_state)
     backend = resolve_backend(backend, u.device, u.dtype, unfit, _unfit_triton(segment) if segment else None)
-
-    def channels(v: Tensor) -> Tensor:  # [B, D, L] -> [B, L, G, D/G]
-        v = v.unflatten(1, (groups, -1)).permute(0, 3, 1, 2)
-        # A copy costs less than kernels that read against the grain.
-        return v.contiguous() if backend == 'triton' else v
-
-    order = get_routes('forward', 1, length, device=u.device)
-    table = order.gather if groups == 1 else order.gather.expand(groups, 1, length)
-    tensors = (
-        channels(u),
-        channels(delta),
-        B.permute(0, 3, 1, 2),
-        C.permute(0, 3, 1, 2),
-        A.unflatten(0, (groups, -1)),
-        None if D is None else D.unflatten(0, (groups, -1)),
-        None,
-        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
-    )
-    y, last, _ = _call(
-        tensors,
-        table,
-        table,
-        True,
-        False,
-        delta_softplus,
-        segment,
-        False,
-        flowing_dtype(u),
-        needs_grad(u, delta, A, B, C, D, delta_bias),
-        backend,
-    )
-    y = y.permute(0, 2, 3, 1).flatten(1, 2)
+    if backend == 'cuda':
+        y, last, _ = sequence.scan((u, delta, B, C, A, D, delta_bias), delta_softplus, keep)
+    else:
+        y, last = _scan_channels_last(u, delta, A, B, C, D, delta_bias, delta_softplus, segment, keep, backend)
     if z is not None:
         y = (y * torch.nn.functional.silu(z)).to(y.dtype)
-    return (y, last.flatten(1, 3)) if return_last_state else y
+    return (y, last) if return_last_state else y
