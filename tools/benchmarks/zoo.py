@@ -77,21 +77,20 @@ def time_model(setting: Setting, name: str, batch: int, size: int, budget: float
     """
     figures = dict.fromkeys((*PHASES, *(f'{phase} unfused' for phase in PHASES), 'peak'), NAN)
     problems, deadline = [], time.perf_counter() + budget
-    setting.release_memory()
     try:
         model, x = _build(setting, name, batch, size)
+        passes = dict(zip(PHASES, make_passes(setting, model, model, x)))
+        for suffix, scans in (('', nullcontext), (' unfused', unfused_operators)):
+            for phase, call in passes.items():
+                model.train(phase == 'train')
+                key = f'{phase}{suffix}'
+                figures[key], problem = _time(setting, call, scans(), deadline)
+                if problem:
+                    problems.append(f'{key}: {problem}')
+                elif key == 'train' and setting.on_gpu:
+                    figures['peak'] = peak_memory(setting, call) / 2**30
     except Exception as error:  # whatever is wrong with one model, the others are measured
-        return figures, [_describe(error)]
-    passes = dict(zip(PHASES, make_passes(setting, model, model, x)))
-    for suffix, scans in (('', nullcontext), (' unfused', unfused_operators)):
-        for phase, call in passes.items():
-            model.train(phase == 'train')
-            key = f'{phase}{suffix}'
-            figures[key], problem = _time(setting, call, scans(), deadline)
-            if problem:
-                problems.append(f'{key}: {problem}')
-            if key == 'train' and setting.on_gpu and not math.isnan(figures[key]):
-                figures['peak'] = peak_memory(setting, call) / 2**30
+        problems.append(_describe(error))
     return figures, problems
 
 
@@ -113,6 +112,7 @@ def _time(
     if time.perf_counter() > deadline:
         return NAN, 'no time left'
     try:
+        setting.release_memory()
         with scans as replaced:
             if replaced:
                 call()
