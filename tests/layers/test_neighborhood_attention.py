@@ -139,8 +139,8 @@ def test_compiles_and_counts():
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ({'kernel_size': 4}, 'odd'),
-        ({'kernel_size': -1}, 'odd'),
+        ({'kernel_size': 4, 'rpb': None}, 'odd'),
+        ({'kernel_size': -1, 'rpb': None}, 'odd'),
         ({'dilation': 0}, 'at least 1'),
         ({'dilation': (1, 3)}, 'dilation 1x3 does not fit a 6x7 map'),
         ({'kernel_size': 7, 'rpb': None}, 'window of 7x7'),

@@ -10,7 +10,7 @@ SMALL = {
         'embed_dim': 16,
         'num_heads': 2,
         'window_size': (3, 3, 3, 1),
-        'head_dim': 32,
+        'head_hidden_size': 32,
         'img_size': 64,
     },
     'groupmamba': {'stem_dim': 8, 'depths': (1, 1, 1, 1), 'embed_dim': (16, 16, 32, 48), 'mlp_ratio': (2, 2, 2, 2)},

@@ -4,6 +4,7 @@ import fake_natten
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 from golden import golden
 
 import vmzoo
@@ -143,12 +144,10 @@ def test_the_scan_hands_out_its_states():
 
 def test_rotation_by_pixels():
     cos, sin = pixel_rope_tables((3, 4), 8, dtype=torch.float64)
-    assert cos.shape == sin.shape == (12, 8)
-    torch.testing.assert_close(cos[0], torch.ones(8).double())
+    assert cos.shape == sin.shape == (3, 4, 8)
+    torch.testing.assert_close(cos[0, 0], torch.ones(8).double())
     q, k = torch.randn(2, 8).double()
-    turned = {
-        (h, w): [apply_rope(v, cos[4 * h + w], sin[4 * h + w]) for v in (q, k)] for h in range(3) for w in range(4)
-    }
+    turned = {(h, w): [apply_rope(v, cos[h, w], sin[h, w]) for v in (q, k)] for h in range(3) for w in range(4)}
     products = [turned[h + 1, w + 2][0] @ turned[h, w][1] for h, w in ((0, 0), (1, 0), (1, 1))]
     torch.testing.assert_close(products[1:], products[:1] * 2)  # they depend on distance alone
     assert not torch.allclose(products[0], turned[1, 2][0] @ turned[1, 2][1])
@@ -163,7 +162,7 @@ def test_what_is_scaled(layer_scale):
         torch.nn.init.zeros_(conv.weight)
         torch.nn.init.zeros_(conv.bias)
     x = torch.randn(2, 3, 4, 8)
-    tables = [table.unflatten(0, (3, 4)) for table in pixel_rope_tables((3, 4), 4)]
+    tables = pixel_rope_tables((3, 4), 4)
     with torch.no_grad():
         mixed = block.token_mixer.eval()(block.norm1(x), *tables)
         y = block(x, *tables)
@@ -195,3 +194,15 @@ def test_initialisation():
     assert all(not p.any() for name, p in model.named_parameters() if 'rpb' in name)
     kinds = {name.rpartition('.')[2] for name in model.no_weight_decay()}
     assert kinds == {'A_logs', 'Ds', 'dt_projs_bias'}
+
+
+def test_new_sizes_do_not_recompile():
+    model = small(num_classes=10, depths=(1, 1), window_size=(3, 1)).eval()
+    graphs = torch._dynamo.testing.CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    with torch.no_grad():
+        for height, width in ((48, 32), (53, 38), (24, 40)):
+            x = torch.randn(2, 3, height, width)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert graphs.frame_count <= 2  # once more where the attention's dilation depends on the size

@@ -10,6 +10,7 @@ square of the map.
 import functools
 import importlib
 import inspect
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -48,10 +49,24 @@ def _axis(size: int, kernel_size: int, dilation: int, device: torch.device) -> t
     return (_cached if cacheable(device) else neighbours)(size, kernel_size, dilation, device)
 
 
+def _check(shape: torch.Size, kernel_size: int, dilation: Sequence[int]) -> None:
+    height, width = shape[2:4]
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size must be odd and positive, got {kernel_size}.')
+    if min(dilation) < 1:
+        raise ValueError(f'dilation must be at least 1, got {tuple(dilation)}.')
+    if kernel_size * dilation[0] > height or kernel_size * dilation[1] > width:
+        raise ValueError(
+            f'A window of {kernel_size}x{kernel_size} positions with dilation {dilation[0]}x{dilation[1]} does not fit '
+            f'a {height}x{width} map: enlarge the map, or reduce kernel_size or dilation.'
+        )
+
+
 class _Windows:
     """Blocks of query rows of a map [B, N, H, W, D], and the bands of keys that their windows lie in."""
 
     def __init__(self, x: Tensor, kernel_size: int, dilation: list[int]):
+        _check(x.shape, kernel_size, dilation)  # here, so that a compiler takes no notice of it
         self.batch, self.heads, self.height, self.width, _ = x.shape
         self.kernel_size = kernel_size
         self.rows = _axis(self.height, kernel_size, dilation[0], x.device)[0]
@@ -198,19 +213,6 @@ def check_attention_backend(backend: str) -> str:
     return backend
 
 
-def _check(shape: torch.Size, kernel_size: int, dilation: tuple[int, int]) -> None:
-    height, width = shape[2:4]
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f'kernel_size must be odd and positive, got {kernel_size}.')
-    if min(dilation) < 1:
-        raise ValueError(f'dilation must be at least 1, got {dilation}.')
-    if kernel_size * dilation[0] > height or kernel_size * dilation[1] > width:
-        raise ValueError(
-            f'A window of {kernel_size}x{kernel_size} positions with dilation {dilation[0]}x{dilation[1]} does not fit '
-            f'a {height}x{width} map: enlarge the map, or reduce kernel_size or dilation.'
-        )
-
-
 def _pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
     return (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
 
@@ -260,12 +262,12 @@ def na2d_qk(
         raise ValueError(
             f'query and key should both be [B, N, H, W, D], got {tuple(query.shape)} and {tuple(key.shape)}.'
         )
-    _check(query.shape, kernel_size, dilation)
     side = 2 * kernel_size - 1
     if rpb is not None and rpb.shape != (query.shape[1], side, side):
         raise ValueError(f'rpb should be {(query.shape[1], side, side)}, got {tuple(rpb.shape)}.')
     query, key = _flowing(query, key)
     if check_attention_backend(backend) == 'natten':
+        _check(query.shape, kernel_size, dilation)
         rpb = None if rpb is None else rpb.to(query.dtype)
         return _natten().na2d_qk(query, key, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
     scores = _qk(query, key, kernel_size, list(dilation))
@@ -296,10 +298,10 @@ def na2d_av(
         RuntimeError: NATTEN is asked for and cannot serve.
     """
     dilation = _pair(dilation)
-    _check(value.shape, kernel_size, dilation)
     if attn.shape != (*value.shape[:-1], kernel_size**2):
         raise ValueError(f'attn should be {(*value.shape[:-1], kernel_size**2)}, got {tuple(attn.shape)}.')
     attn, value = _flowing(attn, value)
     if check_attention_backend(backend) == 'natten':
+        _check(value.shape, kernel_size, dilation)
         return _natten().na2d_av(attn, value, kernel_size=kernel_size, dilation=dilation)
     return _av(attn, value, kernel_size, list(dilation))

@@ -34,7 +34,8 @@ def rope_tables(
     half = dim // 2
     freqs = 1.0 / theta ** (torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)  # [dim / 4]
     rows, cols = (torch.arange(n, device=device, dtype=torch.float32) / n * base_grid for n in grid)
-    return _tables(rows, cols, freqs, dtype)
+    cos, sin = _tables(rows, cols, freqs, dtype)
+    return cos.flatten(0, 1), sin.flatten(0, 1)
 
 
 def pixel_rope_tables(
@@ -44,7 +45,11 @@ def pixel_rope_tables(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`rope_tables`, but positions are counted in pixels, and frequencies reach from 1 to 1 / theta."""
+    """Cosines and sines as of :func:`rope_tables`, with positions in pixels and frequencies from 1 to 1 / theta.
+
+    Returns:
+        cos, sin: [rows, columns, dim].
+    """
     if dim % 4:
         raise ValueError(f'A 2D rotary embedding needs channels in multiples of 4, got {dim}.')
     freqs = 1.0 / theta ** torch.linspace(0, 1, dim // 4, device=device, dtype=torch.float32)
@@ -53,15 +58,15 @@ def pixel_rope_tables(
 
 
 def _tables(rows: Tensor, cols: Tensor, freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # positions [H] and [W], freqs [dim / 4] -> cos, sin [H * W, dim]
-    grid = len(rows), len(cols)
+    # positions [H] and [W], freqs [dim / 4] -> cos, sin [H, W, dim]
+    grid = rows.shape[0], cols.shape[0]
     rows, cols = (torch.outer(v, freqs).repeat_interleave(2, dim=-1) for v in (rows, cols))  # [n, dim / 2]
-    angles = torch.cat((rows[:, None].expand(*grid, -1), cols[None].expand(*grid, -1)), dim=-1).flatten(0, 1)
+    angles = torch.cat((rows[:, None].expand(*grid, -1), cols[None].expand(*grid, -1)), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (2m, 2m + 1) of `x` [..., L, D] by the angles of `cos` and `sin` [L, D]."""
+    """Turn the channel pairs (2m, 2m + 1) of `x` [..., D] by the angles of `cos` and `sin`, of a shape that fits."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     return x * cos + turned * sin

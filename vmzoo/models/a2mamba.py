@@ -150,7 +150,7 @@ class AttentiveScan(nn.Module):
         dense = na2d_av(attn[0], dense, self.kernel_size, 1, self.backend)
         dilated = na2d_av(attn[1], dilated, self.kernel_size, dilation, self.backend)
         states = torch.cat((dense, dilated), dim=1)
-        states = self.state_fusion(states.flatten(3)).view(states.shape)
+        states = self.state_fusion(states.flatten(3)).unflatten(3, (-1, states.shape[-1]))
         return states.permute(0, 2, 3, 1, 4).flatten(3)
 
     def forward(self, x: Tensor, attn: tuple[Tensor, Tensor], dilation: tuple[int, int]) -> Tensor:
@@ -331,9 +331,7 @@ class A2MambaStage(Stage):
         """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
         first = self.blocks[0]
         x = x.to(first.cpe1.weight.dtype)  # the residual stream grows: under autocast it stays float32
-        grid = x.shape[1:3]
-        tables = pixel_rope_tables(grid, first.token_mixer.head_dim, device=x.device, dtype=x.dtype)
-        tables = [table.unflatten(0, grid) for table in tables]
+        tables = pixel_rope_tables(x.shape[1:3], first.token_mixer.head_dim, device=x.device, dtype=x.dtype)
         for block in self.blocks:
             x = checkpoint(block, x, *tables) if self.grad_checkpointing else block(x, *tables)
         return x
@@ -388,8 +386,8 @@ def _per_stage(name: str, value, num_stages: int) -> tuple:
 class A2Mamba(HierarchicalBackbone):
     """A2Mamba backbone and classifier. Takes images [B, in_chans, H, W] of any size from `min_input_size` on.
 
-    Features of the network are what its classifier pools, `head_dim` channels; those of its stages are their outputs.
-    Options for stages are one value, or one for each.
+    Features of the network are what its classifier pools, `head_hidden_size` channels; those of its stages are their
+    outputs. Options for stages are one value, or one for each.
 
     Args:
         in_chans: Channels of the image.
@@ -405,7 +403,7 @@ class A2Mamba(HierarchicalBackbone):
         layer_scale: By stage: learnt scale and shift of the channels of every 'branch', of the 'shortcut' beside it, or
             None.
         layer_scale_init: Initial scale, by stage.
-        head_dim: Channels that the classifier pools.
+        head_hidden_size: Channels that the classifier pools.
         attn_backend: 'torch', or 'natten' for attention in windows by NATTEN 0.17, if that is installed.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from zero.
@@ -429,7 +427,7 @@ class A2Mamba(HierarchicalBackbone):
         mlp_ratio: float | tuple[float, ...] = (4.0, 4.0, 3.0, 3.0),
         layer_scale: str | tuple[str | None, ...] | None = None,
         layer_scale_init: float | tuple[float, ...] = 1.0,
-        head_dim: int = 1024,
+        head_hidden_size: int = 1024,
         attn_backend: str = 'torch',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -460,9 +458,9 @@ class A2Mamba(HierarchicalBackbone):
             downsample = None if is_last else Downsample(dim, dims[i + 1], **dd)
             stages.append(A2MambaStage(blocks, downsample, min_size=block_kwargs['kernel_size']))
         projection = nn.Sequential(
-            Linear(dims[-1], head_dim, **dd),
+            Linear(dims[-1], head_hidden_size, **dd),
             to_channels_first(),
-            nn.BatchNorm2d(head_dim, **dd),
+            nn.BatchNorm2d(head_hidden_size, **dd),
             nn.SiLU(),
             to_channels_last(),
         )
@@ -473,7 +471,7 @@ class A2Mamba(HierarchicalBackbone):
             in_chans,
             num_classes,
             output_stride=output_stride,
-            classifier=NormPoolHead(head_dim, num_classes, global_pool, drop_rate, projection, **dd),
+            classifier=NormPoolHead(head_hidden_size, num_classes, global_pool, drop_rate, projection, **dd),
         )
         self.init_weights(needs_reset=False)
 
