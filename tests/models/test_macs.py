@@ -45,6 +45,15 @@ def test_a_scan_of_whole_step_sizes_has_no_projection(skip):
     assert count_macs(Sequence(), torch.empty(2, 5, 12, device='meta')) == 2 * 12 * 5 * (9 * 6 + skip)
 
 
+def test_the_kernels_for_sequences_count_the_same():
+    class Sequence(nn.Module):
+        def forward(self, u):
+            A, B, D = u.new_zeros(5, 6), u.new_zeros(2, 1, 6, 12), u.new_zeros(5)
+            return torch.ops.vmzoo.sequence_scan(u, u, B, B, A, D, D, True, False)
+
+    assert count_macs(Sequence(), torch.empty(2, 5, 12, device='meta')) == 2 * 12 * 5 * (9 * 6 + 1)
+
+
 @pytest.mark.parametrize('name', sorted(GMACS))
 def test_a_model_costs_what_its_paper_states(name):
     assert summary_of(name).gmacs == pytest.approx(GMACS[name], rel=0.03)
