@@ -23,7 +23,12 @@ SS2D_SHAPES = [  # batch, channels, H = W, d_state
     (2, 96, 512, 1),
     (128, 192, 56, 16),
 ]
-SCAN_SHAPES = [(64, 384, 3136, 1), (64, 384, 3136, 16)]  # batch, channels, length, d_state
+SCAN_SHAPES = [  # batch, channels, length, d_state
+    (64, 384, 3136, 1),
+    (64, 384, 3136, 16),
+    (128, 384, 197, 16),
+    (1, 192, 16384, 16),
+]
 SIDES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP_PIXELS = 2**19  # of a batch, as nearly as its images allow: two images of 512x512
