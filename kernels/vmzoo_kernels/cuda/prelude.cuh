@@ -37,13 +37,17 @@ __device__ __forceinline__ float rcp(float x) {
     return y;
 }
 
-// The same number, but the compiler does not know it.
+// The same number, but the compiler does not know it: it stays in its register.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 __device__ __forceinline__ float opaque(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
 
-// The same number, but the compiler does not know it.
 __device__ __forceinline__ unsigned long long opaque(unsigned long long x) {
     asm volatile("" : "+l"(x));
     return x;
@@ -323,6 +327,11 @@ __device__ __forceinline__ void store_global(float2* address, float2 v) {
 
 __device__ __forceinline__ void store_global(float4* address, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_global(uint4* address, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 

@@ -58,16 +58,15 @@ struct Task {
     }
 };
 
-// softplus to a relative error of 2e-6: log1p(e) / e is a minimax polynomial on [0, 1]. e is exp(-|x|).
+// softplus to a relative error of 8e-6: log1p(e) / e is a minimax polynomial on [0, 1]. e is exp(-|x|).
 __device__ __forceinline__ float softplus(float x, float& e) {
     e = ex2(-fabsf(x * LOG2E));
-    float p = 0.014140999875962734f;
-    p = fmaf(p, e, -0.06640172749757767f);
-    p = fmaf(p, e, 0.14922378957271576f);
-    p = fmaf(p, e, -0.23503856360912323f);
-    p = fmaf(p, e, 0.3310944736003876f);
-    p = fmaf(p, e, -0.4998696446418762f);
-    p = fmaf(p, e, 0.9999987483024597f);
+    float p = -0.02386915124952793f;
+    p = fmaf(p, e, 0.10122228413820267f);
+    p = fmaf(p, e, -0.21004869043827057f);
+    p = fmaf(p, e, 0.3252066671848297f);
+    p = fmaf(p, e, -0.4993613660335541f);
+    p = fmaf(p, e, 0.9999915957450867f);
     return fmaf(p, e, fmaxf(x, 0.0f));
 }
 
@@ -119,12 +118,16 @@ struct Stream {
     const uint4* from;  // the lane's chunk of position 0 of the batch item
     int stride;         // bytes
     bool valid;
+    int own;  // bytes to the lane's first chunk
 
     __device__ __forceinline__ Stream(const void* first, int stride, int valid, int lane)
-        : from(pinned(static_cast<const uint4*>(first) + lane % SIDE)), stride(stride), valid(lane % SIDE < valid) {}
+        : from(pinned(static_cast<const uint4*>(first) + lane % SIDE)),
+          stride(stride),
+          valid(lane % SIDE < valid),
+          own(opaque(16 * (lane / SIDE * PITCH + lane % SIDE))) {}
 
-    __device__ __forceinline__ void fetch(uint4* to, const Positions& positions, int lane) const {
-        to += lane / SIDE * PITCH + lane % SIDE;
+    __device__ __forceinline__ void fetch(unsigned char* memory, const Positions& positions, int lane) const {
+        uint4* to = reinterpret_cast<uint4*>(memory + own);
 #pragma unroll
         for (int j = 0; j < (STEPS * SIDE + 31) / 32; j++) {
             const int position = positions.of<SIDE>(j, lane);
@@ -140,19 +143,24 @@ struct Stream {
     }
 };
 
-// A tile of 32 channels of T, a row a step, back to memory.
+// A tile of 32 channels of T, a row a step, back to memory: to `to`, the lane's chunk of position 0.
 template <typename T>
-__device__ __forceinline__ void store_tile(T* to, const T* tile, int stride, const Positions& positions, int valid,
-                                           int lane) {
+__device__ __forceinline__ void store_tile(T* to, const unsigned char* tile, int stride, const Positions& positions,
+                                           int valid, int lane) {
     constexpr int CHUNKS = CHANNELS * sizeof(T) / 16;
 #pragma unroll
     for (int j = 0; j < STEPS * CHUNKS / 32; j++) {
-        const int step = (32 * j + lane) / CHUNKS, chunk = lane % CHUNKS;
         const int position = positions.of<CHUNKS>(j, lane);
-        if (position < 0 || chunk >= valid) continue;
-        reinterpret_cast<uint4*>(at(to, position, stride))[chunk] =
-            reinterpret_cast<const uint4*>(tile)[step * CHUNKS + chunk];
+        if (position < 0 || lane % CHUNKS >= valid) continue;
+        store_global(reinterpret_cast<uint4*>(at(to, position, stride)),
+                     *reinterpret_cast<const uint4*>(tile + 512 * j + 16 * lane));
     }
+}
+
+// The lane's chunk of a row of T.
+template <typename T>
+__device__ __forceinline__ T* own_chunk(T* row, int lane) {
+    return row + lane % (CHANNELS * sizeof(T) / 16) * (16 / sizeof(T));
 }
 
 // dt_weight and dt_bias of the warp's channels as the first operand of a product over dt, [channels, R].
@@ -189,21 +197,36 @@ struct Weights {
 // Values of a tile, on their way from the layout of products to that of the scan: a lane its channel's steps. Chunks of
 // four steps lie in an order of their own in every channel, in which neither side meets a bank twice.
 struct Exchange {
-    float* memory;  // [CHANNELS, STEPS]
+    unsigned char* memory;
+    // Bytes to where the lane writes its first channel's steps 8 n .., and where its own channel begins; and of a tile's
+    // rows, to the lane's own for ldmatrix.
+    int to[2], own, row;
+
+    // From `begin` bytes on, a multiple of 64: [CHANNELS, STEPS] floats.
+    __device__ __forceinline__ Exchange(unsigned char* memory, int begin, int lane) : memory(memory) {
+        const int channel = lane >> 2;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            // Steps 8 n + 2 (lane % 4) and the next: half of chunk 2 n + lane % 4 / 2
+            to[n] = opaque(begin + place(channel, 2 * n + (lane >> 1 & 1)) + 8 * (lane & 1));
+        }
+        own = opaque(begin + place(lane, 0));
+        // Matrices in the order (steps 0-7, chunk i), (steps 0-7, i + 1), (steps 8-15, i), (steps 8-15, i + 1)
+        row = opaque(16 * (((lane & 7) + (lane & 16) / 2) * ROW_PITCH + (RANK_CHUNKS > 1 ? lane >> 3 & 1 : 0)));
+    }
 
     __device__ __forceinline__ static constexpr int place(int channel, int chunk) {
-        return channel * STEPS + 4 * (chunk ^ (channel & 2 | channel >> 2 & 1));
+        return 4 * STEPS * channel + 16 * (chunk ^ (channel & 2 | channel >> 2 & 1));
     }
 
     // bias + dt . weight, from rows in shared memory.
-    __device__ __forceinline__ void project(const Weights& weights, const uint4* rows, int lane) const {
+    __device__ __forceinline__ void project(const Weights& weights, const unsigned char* rows) const {
         float d[2][2][4];  // channels, steps
-        // Matrices in the order (steps 0-7, chunk i), (steps 0-7, i + 1), (steps 8-15, i), (steps 8-15, i + 1)
-        rows += ((lane & 7) + (lane & 16) / 2) * ROW_PITCH;
+        // Of an odd last chunk the next is read too, which is there: rows have an odd pitch, or B and C after dt.
 #pragma unroll
         for (int i = 0; i < RANK_CHUNKS; i += 2) {
             unsigned b[4];
-            ldmatrix_x4(b, rows + i + (i + 1 < RANK_CHUNKS ? lane >> 3 & 1 : 0));
+            ldmatrix_x4(b, rows + row + 16 * i);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 const unsigned (*a)[2] = weights.a[m] + i;
@@ -220,26 +243,24 @@ struct Exchange {
                 }
             }
         }
-        // Steps 8 n + 2 (lane % 4) and the next: half of chunk 2 n + lane % 4 / 2. Channels 8 apart have one order.
-        const int channel = lane >> 2, half = 2 * (lane & 1);
+        // Channels 8 apart have one order.
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            float* to = memory + place(channel, 2 * n + (lane >> 1 & 1)) + half;
 #pragma unroll
             for (int m = 0; m < 2; m++) {
 #pragma unroll
                 for (int row = 0; row < 2; row++) {
-                    *reinterpret_cast<float2*>(to + (16 * m + 8 * row) * STEPS) =
+                    *reinterpret_cast<float2*>(memory + to[n] + 4 * STEPS * (16 * m + 8 * row)) =
                         make_float2(d[m][n][2 * row], d[m][n][2 * row + 1]);
                 }
             }
         }
     }
 
-    __device__ __forceinline__ void read(float (&v)[STEPS], int lane) const {
+    __device__ __forceinline__ void read(float (&v)[STEPS]) const {
 #pragma unroll
         for (int i = 0; i < STEPS / 4; i++) {
-            const float4 four = *reinterpret_cast<const float4*>(memory + place(lane, i));
+            const float4 four = *reinterpret_cast<const float4*>(memory + (own ^ 16 * i));
             v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
         }
     }
@@ -248,14 +269,18 @@ struct Exchange {
 // B and C of a tile as floats, for all lanes to read at once.
 struct Inputs {
     float* memory;  // [N, 2, STEPS]
+    int own;        // bytes in a tile's rows to the lane's first value
 
-    __device__ __forceinline__ void convert(const uint4* rows, int lane) const {
+    __device__ __forceinline__ Inputs(float* memory, int lane)
+        : memory(memory), own(opaque(16 * ROW_PITCH * (lane % STEPS) + 2 * (RANK + lane / STEPS))) {}
+
+    __device__ __forceinline__ void convert(const unsigned char* rows, int lane) const {
+        const IO* values = reinterpret_cast<const IO*>(rows + own);
 #pragma unroll
         for (int j = 0; j < 2 * D_STATE * STEPS / 32; j++) {
-            const int step = lane % STEPS, which = 2 * j + lane / STEPS;  // column of B and C
-            const IO* row = reinterpret_cast<const IO*>(rows + step * ROW_PITCH);
+            const int which = 2 * j + lane / STEPS;  // column of B and C
             const int n = which % D_STATE, of_C = which / D_STATE;
-            memory[(2 * n + of_C) * STEPS + step] = to_float(row[RANK + which]);
+            memory[D_STATE == 1 ? lane : (2 * n + of_C) * STEPS + lane % STEPS] = to_float(values[2 * j]);
         }
     }
 
@@ -268,9 +293,10 @@ struct Inputs {
 
 // A lane's channel of a tile in shared memory.
 template <typename T>
-__device__ __forceinline__ void read_tile(float (&v)[STEPS], const uint4* tile, int lane) {
+__device__ __forceinline__ void read_tile(float (&v)[STEPS], const unsigned char* tile, int lane) {
+    const T* own = reinterpret_cast<const T*>(tile) + lane;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) v[s] = to_float(reinterpret_cast<const T*>(tile)[s * CHANNELS + lane]);
+    for (int s = 0; s < STEPS; s++) v[s] = to_float(own[s * CHANNELS]);
 }
 
 // One value of each state, in a register if there is one, else in shared memory.
@@ -287,11 +313,10 @@ struct States {
         }
     }
 };
-constexpr int STATES_SIZE = D_STATE == 1 ? 0 : 32 * D_STATE;  // floats
-
-// Parts of a warp's shared memory, in chunks of 16 bytes.
-constexpr int ROWS_SIZE = STEPS * ROW_PITCH;
-constexpr int INPUTS_SIZE = 2 * D_STATE * STEPS / 4;
-constexpr int EXCHANGE_SIZE = CHANNELS * STEPS / 4;
+// Parts of a warp's shared memory, in bytes.
+constexpr int ROWS_SIZE = 16 * STEPS * ROW_PITCH;
+constexpr int INPUTS_SIZE = 4 * 2 * D_STATE * STEPS;
+constexpr int EXCHANGE_SIZE = 4 * CHANNELS * STEPS;
+constexpr int STATES_SIZE = D_STATE == 1 ? 0 : 4 * 32 * D_STATE;
 template <typename T>
-constexpr int TILE_SIZE = STEPS * CHANNELS * sizeof(T) / 16;
+constexpr int TILE_SIZE = STEPS * CHANNELS * sizeof(T);

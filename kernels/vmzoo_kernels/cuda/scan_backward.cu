@@ -24,17 +24,19 @@ template <>
 constexpr unsigned one<bfloat_t> = 0x3f80u;
 constexpr unsigned ONE = one<IO>;
 
-// Operands of products, in rows of halves with an odd pitch in chunks: dL/d(what goes into the softplus)
+// Operands of products, in rows of halves with an odd pitch in chunks of 16 bytes: dL/d(what goes into the softplus)
 // [32 channels, STEPS], and of one state [STEPS, 32 channels, (d_B, d_C)].
 constexpr int RAW_PITCH = STEPS / 8 + 1, PAIR_PITCH = CHANNELS / 4 + 1;
-constexpr int RAW_SIZE = CHANNELS * RAW_PITCH, PAIRS_SIZE = STEPS * PAIR_PITCH;
-constexpr int PRODUCT_SIZE = EXCHANGE_SIZE > RAW_SIZE + PAIRS_SIZE ? EXCHANGE_SIZE : RAW_SIZE + PAIRS_SIZE;
+constexpr int RAW_SIZE = CHANNELS * RAW_PITCH, PAIRS_SIZE = STEPS * PAIR_PITCH;  // chunks
+constexpr int PRODUCT_SIZE = 16 * (RAW_SIZE + PAIRS_SIZE);
+static_assert(PRODUCT_SIZE >= EXCHANGE_SIZE, "step sizes lie where the products will");
 // dt_weight turned [R, 32 channels]
-constexpr int TURNED_PITCH = CHANNELS / 8 + 1, TURNED_SIZE = 8 * RANK_CHUNKS * TURNED_PITCH;
+constexpr int TURNED_PITCH = CHANNELS / 8 + 1, TURNED_SIZE = 16 * 8 * RANK_CHUNKS * TURNED_PITCH;
 
-// Shared memory of a warp, in chunks: [slots of x, dy and rows | B, C | step sizes, or products | dt_weight | states, their sums, A]
+// Shared memory of a warp, in bytes: [slots of x, dy and rows | B, C | step sizes, or products | dt_weight | states,
+// their sums, A]
 constexpr int SLOT_SIZE = TILE_SIZE<IO> + TILE_SIZE<DY> + ROWS_SIZE;
-constexpr int WARP_SIZE = SLOTS * SLOT_SIZE + INPUTS_SIZE + PRODUCT_SIZE + TURNED_SIZE + 3 * STATES_SIZE / 4;
+constexpr int WARP_SIZE = SLOTS * SLOT_SIZE + INPUTS_SIZE + PRODUCT_SIZE + TURNED_SIZE + 3 * STATES_SIZE;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(const __grid_constant__ Params params) {
     DYNAMIC_SHARED(memory);
@@ -42,18 +44,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
     const int lane = threadIdx.x & 31;
     const Task task(p);
     if (task.items <= 0) return;
+    if (SUMMARY && task.segment == 0) return;  // nothing starts from its end
     const int d0 = task.block * CHANNELS, channels = min(p.dim - d0, CHANNELS), d = d0 + lane;
     const bool there = lane < channels;
     const int k = task.k;
 
-    uint4* slots = reinterpret_cast<uint4*>(memory) + (threadIdx.x >> 5) * WARP_SIZE;
-    const Inputs inputs = {reinterpret_cast<float*>(slots + SLOTS * SLOT_SIZE)};
-    uint4* products = slots + SLOTS * SLOT_SIZE + INPUTS_SIZE;
-    const Exchange exchange = {reinterpret_cast<float*>(products)};
-    uint4 *raws = products, *pairs = products + RAW_SIZE;
-    uint4* turned = products + PRODUCT_SIZE;
-    States q = {0.0f, reinterpret_cast<float*>(turned + TURNED_SIZE)}, d_A = {0.0f, q.memory + STATES_SIZE};
-    States rates = {0.0f, d_A.memory + STATES_SIZE};
+    const int begin = (threadIdx.x >> 5) * WARP_SIZE, begin_inputs = begin + SLOTS * SLOT_SIZE;
+    unsigned char *slots = memory + begin, *products = memory + begin_inputs + INPUTS_SIZE;
+    const Inputs inputs(reinterpret_cast<float*>(memory + begin_inputs), lane);
+    const Exchange exchange(memory, begin_inputs + INPUTS_SIZE, lane);
+    uint4 *raws = reinterpret_cast<uint4*>(products), *pairs = raws + RAW_SIZE;
+    uint4* turned = reinterpret_cast<uint4*>(products + PRODUCT_SIZE);
+    States q = {0.0f, reinterpret_cast<float*>(products + PRODUCT_SIZE + TURNED_SIZE)};
+    States d_A = {0.0f, q.memory + STATES_SIZE / 4}, rates = {0.0f, d_A.memory + STATES_SIZE / 4};
 
     const float* weight = p.weight + (k * p.dim + d0) * RANK;
     Weights weights;
@@ -71,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
     const int *gather = pinned(p.gather + first_step), *merge = p.merge + first_step;
 
     // Tiles are fetched SLOTS - 1 ahead, their positions one more.
-    Stream<TILE_SIZE<IO> / STEPS, TILE_SIZE<IO> / STEPS> x(
+    Stream<CHANNELS * sizeof(IO) / 16, CHANNELS * sizeof(IO) / 16> x(
         p.x + (long long)task.first_item * p.x_b + (long long)k * p.x_k + d0, p.x_l, channels / 8, lane);
-    Stream<TILE_SIZE<DY> / STEPS, TILE_SIZE<DY> / STEPS> dy(
+    Stream<CHANNELS * sizeof(DY) / 16, CHANNELS * sizeof(DY) / 16> dy(
         params.dy + (long long)task.first_item * params.dy_b + (long long)k * params.dy_k + d0, params.dy_l,
         channels * sizeof(DY) / 16, lane);
     Stream<ROW_CHUNKS, ROW_PITCH> rows(p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k,
@@ -90,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
         for (int i = 0; i + 1 < SLOTS; i++) read[i] = read[i + 1];
         read[SLOTS - 1] = next;
         if (items_ahead > 0) {
-            uint4* slot = slots + slot_ahead;
+            unsigned char* slot = slots + slot_ahead;
             x.fetch(slot, next, lane);
             dy.fetch(slot + TILE_SIZE<IO>, SAME_TABLE ? next : next_out, lane);
             rows.fetch(slot + TILE_SIZE<IO> + TILE_SIZE<DY>, next, lane);
@@ -124,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
             i_sequence * ((p.steps + STEPS - 1) / STEPS) + task.begin / STEPS + task.tiles - 1;  // the last
         float* segment_states = p.segment_states + i_segment * D_STATE * p.dim + d;
         const float* states = params.states + i_tile * D_STATE * p.dim + d;
-        IO* dx = pinned(params.dx + item * params.dx_b + (long long)k * params.dx_k + d0);
+        IO* dx = pinned(own_chunk(params.dx + item * params.dx_b + (long long)k * params.dx_k + d0, lane));
         IO* parts =
             pinned(params.d_rows + ((task.block * (long long)p.batch + item) * p.positions * p.num_routes + k) * PART);
         float delta_sum = 0.0f, next_start = !SUMMARY && there ? ldg(states) : 0.0f;
@@ -142,14 +145,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
             cp_async_wait<SLOTS - 1>();
             __syncwarp();
             slot_now = slot_now == (SLOTS - 1) * SLOT_SIZE ? 0 : slot_now + SLOT_SIZE;
-            uint4* slot = slots + slot_now;
-            const uint4 *dy_slot = slot + TILE_SIZE<IO>, *rows_slot = dy_slot + TILE_SIZE<DY>;
+            unsigned char* slot = slots + slot_now;
+            const unsigned char *dy_slot = slot + TILE_SIZE<IO>, *rows_slot = dy_slot + TILE_SIZE<DY>;
 
-            exchange.project(weights, rows_slot, lane);
+            exchange.project(weights, rows_slot);
             inputs.convert(rows_slot, lane);
             __syncwarp();
             float delta[STEPS], slope[STEPS], xs[STEPS];
-            exchange.read(delta, lane);
+            exchange.read(delta);
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
                 const float raw = delta[s];
@@ -304,11 +307,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
 #pragma unroll
             for (int i = 0; i < RANK_CHUNKS; i++) {
                 unsigned b[2];
-                ldmatrix_x2_trans(b, rows_slot + (lane & 15) * ROW_PITCH + i);
+                ldmatrix_x2_trans(b, rows_slot + 16 * ((lane & 15) * ROW_PITCH + i));
 #pragma unroll
                 for (int m = 0; m < 2; m++) mma_k16<IO>(d_weight[m][i], a[m], b, d_weight[m][i]);
             }
-            store_tile(dx, reinterpret_cast<const IO*>(slot), params.dx_l, read[0], channels / 8, lane);
+            store_tile(dx, slot, params.dx_l, read[0], channels / 8, lane);
             __syncwarp();
         }
         if (!SUMMARY || !there) continue;

@@ -11,9 +11,9 @@ struct Params {
     int y_l, y_k;  // y_l is bytes
 };
 
-// Shared memory of a warp, in chunks: [slots of x and rows | B, C | step sizes | y | states, rates]
+// Shared memory of a warp, in bytes: [slots of x and rows | B, C | step sizes | y | states, rates]
 constexpr int SLOT_SIZE = TILE_SIZE<IO> + ROWS_SIZE;
-constexpr int WARP_SIZE = SLOTS * SLOT_SIZE + INPUTS_SIZE + EXCHANGE_SIZE + TILE_SIZE<OUT> + 2 * STATES_SIZE / 4;
+constexpr int WARP_SIZE = SLOTS * SLOT_SIZE + INPUTS_SIZE + EXCHANGE_SIZE + TILE_SIZE<OUT> + 2 * STATES_SIZE;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(const __grid_constant__ Params params) {
     DYNAMIC_SHARED(memory);
@@ -21,15 +21,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
     const int lane = threadIdx.x & 31;
     const Task task(p);
     if (task.items <= 0) return;
+    if (SUMMARY && task.segment == p.num_segments - 1) return;  // nothing starts from its end
     const int d0 = task.block * CHANNELS, channels = min(p.dim - d0, CHANNELS), d = d0 + lane;
     const bool there = lane < channels;
     const int k = task.k;
 
-    uint4* slots = reinterpret_cast<uint4*>(memory) + (threadIdx.x >> 5) * WARP_SIZE;
-    const Inputs inputs = {reinterpret_cast<float*>(slots + SLOTS * SLOT_SIZE)};
-    const Exchange exchange = {inputs.memory + 4 * INPUTS_SIZE};
-    OUT* y_tile = reinterpret_cast<OUT*>(exchange.memory + 4 * EXCHANGE_SIZE);
-    States h = {0.0f, reinterpret_cast<float*>(y_tile) + 4 * TILE_SIZE<OUT>}, rates = {0.0f, h.memory + STATES_SIZE};
+    const int begin = (threadIdx.x >> 5) * WARP_SIZE, begin_inputs = begin + SLOTS * SLOT_SIZE;
+    const int begin_y = begin_inputs + INPUTS_SIZE + EXCHANGE_SIZE;
+    unsigned char* slots = memory + begin;
+    const Inputs inputs(reinterpret_cast<float*>(memory + begin_inputs), lane);
+    const Exchange exchange(memory, begin_inputs + INPUTS_SIZE, lane);
+    unsigned char* y_tile = memory + begin_y;
+    States h = {0.0f, reinterpret_cast<float*>(y_tile + TILE_SIZE<OUT>)}, rates = {0.0f, h.memory + STATES_SIZE / 4};
 
     Weights weights;
     weights.load(p.weight + (k * p.dim + d0) * RANK, p.bias == nullptr ? nullptr : p.bias + k * p.dim + d0, channels,
@@ -42,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
     const int *gather = pinned(p.gather + first_step), *merge = p.merge + first_step;
 
     // Tiles are fetched SLOTS - 1 ahead, their positions one more.
-    Stream<TILE_SIZE<IO> / STEPS, TILE_SIZE<IO> / STEPS> x(
+    Stream<CHANNELS * sizeof(IO) / 16, CHANNELS * sizeof(IO) / 16> x(
         p.x + (long long)task.first_item * p.x_b + (long long)k * p.x_k + d0, p.x_l, channels / 8, lane);
     Stream<ROW_CHUNKS, ROW_PITCH> rows(p.rows + (long long)task.first_item * p.rows_b + (long long)k * p.rows_k,
                                        p.rows_l, ROW_CHUNKS, lane);
@@ -76,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
         const long long i_segment = i_sequence * p.num_segments + task.segment;
         const long long i_tile = i_sequence * ((p.steps + STEPS - 1) / STEPS) + task.begin / STEPS;
         float* segment_states = p.segment_states + i_segment * D_STATE * p.dim + d;
-        OUT* y_item = pinned(params.y + batch * params.y_b + (long long)k * params.y_k + d0);
+        OUT* y_item = pinned(own_chunk(params.y + batch * params.y_b + (long long)k * params.y_k + d0, lane));
         float* states = params.states + i_tile * D_STATE * p.dim + d;
         float delta_sum = 0.0f;
 #pragma unroll 1
@@ -92,11 +95,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
             __syncwarp();
             slot = slot == (SLOTS - 1) * SLOT_SIZE ? 0 : slot + SLOT_SIZE;
 
-            exchange.project(weights, slots + slot + TILE_SIZE<IO>, lane);
+            exchange.project(weights, slots + slot + TILE_SIZE<IO>);
             inputs.convert(slots + slot + TILE_SIZE<IO>, lane);
             __syncwarp();
             float delta[STEPS], u[STEPS], y[STEPS];
-            exchange.read(delta, lane);
+            exchange.read(delta);
             read_tile<IO>(u, slots + slot, lane);
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
@@ -137,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_forward(co
             if (!SUMMARY) {
                 states += D_STATE * p.dim;
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) y_tile[s * CHANNELS + lane] = from_float<OUT>(y[s]);
+                for (int s = 0; s < STEPS; s++)
+                    reinterpret_cast<OUT*>(y_tile)[s * CHANNELS + lane] = from_float<OUT>(y[s]);
             }
             __syncwarp();
             if (!SUMMARY) store_tile(y_item, y_tile, params.y_l, out[0], channels * sizeof(OUT) / 16, lane);

@@ -123,10 +123,10 @@ __device__ __forceinline__ int place_of(int i) { return i % D_STATE * CHANNELS +
 struct Place {
     int lane, warp, g, c;
     int block, segment, group, batch;
-    int channels;     // of the warp, at most CHANNELS
-    int first, d;     // its first channel, and the lane's (a valid one)
-    bool valid;       // the lane has a channel
-    int begin, end;   // tiles of the segment
+    int channels;    // of the warp, at most CHANNELS
+    int first, d;    // its first channel, and the lane's (a valid one)
+    bool valid;      // the lane has a channel
+    int begin, end;  // tiles of the segment
 
     template <typename P>
     __device__ __forceinline__ explicit Place(const P& p) {

@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_WARPS / WARPS)
     unsigned char* memory = shared;
     Projections<-1> projections(p, at, at.end - 1, memory);
     constexpr int TURN_PIECES = PIECES<IO> + PIECES<DELTA>;
-    uint4* dy_slot = reinterpret_cast<uint4*>(memory) + at.warp * 32 * (PIECES<IO> + 2 * TURN_PIECES)+lane;
+    uint4* dy_slot = reinterpret_cast<uint4*>(memory) + at.warp * 32 * (PIECES<IO> + 2 * TURN_PIECES) + lane;
     uint4* slots = dy_slot + 32 * PIECES<IO>;  // of u and delta, [2]
     memory += WARPS * 512 * (PIECES<IO> + 2 * TURN_PIECES);
     float2* partial = reinterpret_cast<float2*>(memory);  // [2, TURN_STATES, 2, WARPS, TILE / 2]

@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_WARPS / WARPS)
         delta_sum = sum_groups(delta_sum);
         if (g == 0 && at.valid) p.segment_deltas[i_segment * p.dim + at.d] = delta_sum;
     }
-    float* to = SUMMARY                          ? p.segment_states + i_segment * states
+    float* to = SUMMARY                            ? p.segment_states + i_segment * states
                 : at.segment + 1 == p.num_segments ? p.last + at.batch * states
                                                    : nullptr;
     if (to != nullptr) {

@@ -2,9 +2,9 @@
 // and C_IO (of B and C), D_STATE.
 #include "prelude.cuh"
 
-constexpr int TILE = 64;                // sequence.cuh
-constexpr int PARAMS = D_STATE + 2;     // of a channel
-constexpr int COLUMNS = 32, ROWS = 8;   // of a block of sum_sequence_params
+constexpr int TILE = 64;               // sequence.cuh
+constexpr int PARAMS = D_STATE + 2;    // of a channel
+constexpr int COLUMNS = 32, ROWS = 8;  // of a block of sum_sequence_params
 
 struct ProjectionsParams {
     const float* parts;  // [blocks, B, G, 2 N, tiles x TILE], of B and of C
@@ -45,8 +45,8 @@ extern "C" __global__ void __launch_bounds__(256) sum_projections(const __grid_c
 }
 
 struct ParamsParams {
-    const float* parts;    // [parts, D, A (N) | bias | D]
-    float *A, *bias, *D;   // [D, N], [D], [D]
+    const float* parts;   // [parts, D, A (N) | bias | D]
+    float *A, *bias, *D;  // [D, N], [D], [D]
     int num_parts, dim;
 };
 

@@ -391,6 +391,7 @@ inline unsigned transpose(unsigned x) {
     return turned;
 }
 
+inline int opaque(int x) { return x; }
 inline float opaque(float x) { return x; }
 inline unsigned long long opaque(unsigned long long x) { return x; }
 inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
