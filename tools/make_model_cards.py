@@ -117,6 +117,26 @@ model here (`vim_*`, `roma_*`), 0 unless given; published trainings used 0.5 (ba
 Files of weights trained with the shuffle are on <https://huggingface.co/zizzzz/SLWS_Mamba>: download one and pass
 `pretrained_cfg_overlay=dict(file=...)`. What downloads by itself are Mamba-Reg's own weights, to which the published
 code points. No licence of the weights is stated.""",
+    'rsmamba': """
+Scene classification in remote sensing. A block runs one mixer over the tokens forward, in reverse and in random order,
+and a gate weighs the three results for each image. The random order is drawn anew while training
+(`model.path_order.generator` takes a `torch.Generator`); in evaluation each block has a fixed one, so that an image
+always has the same result. `paths` and `gate` choose the ablations. Every data set has its tag, with its classes in the
+order of the published head as `pretrained_cfg['label_names']`: `nwpu` (NWPU-RESISC45, 45 classes), `aid` (30) and `uc`
+(UC Merced, 21).
+
+Published F1 in percent, on UC Merced, AID and NWPU-RESISC45: base 93.88, 91.66 and 94.84; large 94.74, 91.90 and 95.02;
+huge 95.25, 92.63 and 95.18.""",
+    'roma': """
+Foundation models of remote sensing, pretrained to predict the next cluster of patches. The encoders classify the class
+token; `dense` models return a pyramid of the last map, at strides 4, 8, 16 and 32. The authors' tiny and small widths
+are those of the fine-tuning code (384 and 512).
+
+Files of weights are on <https://huggingface.co/initiacms/RoMA>: download one and pass
+`pretrained_cfg_overlay=dict(file=...)`. Those of the pretraining, which have one direction and no classifier, are
+converted: all directions start equal, and a warning names what stays as initialised. No licence of the weights is
+stated. Base, published: 87.36 on AID and 59.45 on UC Merced (overall accuracy, linear probe), 55.63 on OSCD (F1), 79.50
+on SpaceNetV1 (mean F1).""",
 }
 
 

@@ -23,6 +23,8 @@ SMALL = {
     'efficientvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'resvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
+    'roma': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},
+    'rsmamba': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},
     'shufflemamba': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},
     'shufflemamba_base_seg': {'block_indices': (0, 1, 2, 3)},
     'shufflemamba_large_seg': {'block_indices': (0, 1, 2, 3)},
@@ -39,11 +41,17 @@ EXEMPT = {
     'test_features_only': _POSE,
     'test_features_leave_no_parameter_without_gradient': _POSE,
     'test_forward_intermediates': _POSE,
-    'test_pruning_keeps_the_features': _POSE,
+    'test_pruning_keeps_the_features': {
+        **_POSE,
+        'roma_base_dense': 'every level is made of the last map, so that there is nothing to remove',
+        'roma_large_dense': 'every level is made of the last map, so that there is nothing to remove',
+    },
     'test_any_image_size': {
         'vim': 'the position embedding is made for one size; other sizes are an option that its own tests cover',
     },
     'test_forward_features_is_a_map': {
+        'roma': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
+        'rsmamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'shufflemamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'vim': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
     },

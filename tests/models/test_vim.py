@@ -290,7 +290,7 @@ def test_pyramid_says_what_it_cannot_do():
         pyramid(num_classes=3)
     with pytest.raises(ValueError, match='no classifier'):
         pyramid().reset_classifier(3)
-    with pytest.raises(ValueError, match='four different ones of the 2 blocks'):
+    with pytest.raises(ValueError, match='four of the 2 blocks'):
         pyramid(depth=2)
     with pytest.raises(ValueError, match='too small'):
         pyramid(dynamic_img_size=True)(torch.randn(1, 3, 31, 64))

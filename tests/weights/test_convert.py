@@ -155,3 +155,15 @@ def test_models_without_a_filter_or_cfg(caplog):
         converted = convert_state_dict({'model': with_prefix(linear.state_dict(), 'module.')}, linear)
     assert converted.keys() == {'weight', 'bias'}
     assert not caplog.text
+
+
+def test_a_classifier_beside_the_backbone_is_kept():
+    """mmpretrain's files: `backbone.*` and `head.fc.*`."""
+    source = timm.create_model('rsmamba_base', img_size=32, depth=1, embed_dim=32)
+    state = {f'backbone.{key}': value for key, value in source.state_dict().items() if not key.startswith('head.')}
+    state |= {f'head.fc.{kind}': getattr(source.head, kind) for kind in ('weight', 'bias')}
+    model = timm.create_model('rsmamba_base', img_size=32, depth=1, embed_dim=32)
+    model.load_state_dict(vmzoo.convert_state_dict({'state_dict': state}, model))
+    assert torch.equal(model.head.weight, source.head.weight)
+    without = timm.create_model('rsmamba_base', img_size=32, depth=1, embed_dim=32, num_classes=0)
+    without.load_state_dict(vmzoo.convert_state_dict({'state_dict': state}, without))

@@ -6,6 +6,8 @@ from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .resvmamba import ResVMamba
+from .roma import RoMA, RoMADense
+from .rsmamba import RSMamba
 from .shufflemamba import MambaMlp, MambaReg, ShuffleMamba, ShuffleMambaBackbone
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
@@ -20,7 +22,10 @@ __all__ = [
     'HRVMambaPyramid',
     'MambaMlp',
     'MambaReg',
+    'RSMamba',
     'ResVMamba',
+    'RoMA',
+    'RoMADense',
     'ShuffleMamba',
     'ShuffleMambaBackbone',
     'VMamba',

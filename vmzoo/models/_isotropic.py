@@ -4,6 +4,7 @@ A family gives the blocks (`block(x, paths)` returns the stream and the output o
 mixers, and where tokens other than patches stand.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from ..layers.shuffle import LayerwiseShuffle
 from ..layers.ssm_init import compute_dtype
 from ..layers.tokens import ClassToken, class_token_places, column_order, drop_tokens, insert_tokens, resize_pos_embed
 from ._builder import build_model
+
+_logger = logging.getLogger(__name__)
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
 _NO_DECAY = re.compile(r'(pos_embed(_cls)?|cls_token)$|\.A\w*_log$|\.D(_\w+)?$|\.dt_proj\w*\.bias$')
@@ -363,15 +366,21 @@ def scaling_levels(
     return four_times, nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2)
 
 
-def fit_pos_embed(pos_embed: Tensor, model: IsotropicMamba) -> Tensor:
+def fit_pos_embed(pos_embed: Tensor, model: IsotropicMamba, class_token: ClassToken | None = None) -> Tensor:
     """A checkpoint's position embedding for a model's grid: another number of rows is that of a square grid.
+
+    Args:
+        pos_embed: [1, M, D], or [1, M + 1, D] with a class token's row.
+        model: Whose grid it is to fit.
+        class_token: Where the checkpoint's class token stands; None for where the model's does.
 
     Raises:
         ValueError: The rows form no square grid.
     """
-    if pos_embed.shape[1] == model.pos_embed.shape[1]:
+    class_token = model.class_token if class_token is None else class_token
+    num_patches = pos_embed.shape[1] - len(class_token_places(class_token, 1))
+    if num_patches == model.patch_embed.num_patches:
         return pos_embed
-    num_patches = pos_embed.shape[1] - len(class_token_places(model.class_token, 1))
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise ValueError(
@@ -379,7 +388,7 @@ def fit_pos_embed(pos_embed: Tensor, model: IsotropicMamba) -> Tensor:
             f'model has {model.patch_embed.num_patches}. Load it into a model of the img_size it was trained at, '
             'then call set_input_size().'
         )
-    return resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, model.class_token)
+    return resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, class_token)
 
 
 class Pyramid:
@@ -392,16 +401,23 @@ class Pyramid:
     min_grid = 1
 
     def _set_levels(self, block_indices: Sequence[int], scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:
-        if len(set(block_indices)) != 4 or not set(block_indices) <= set(range(self.depth)):
-            raise ValueError(
-                f'block_indices must be four different ones of the {self.depth} blocks, got {block_indices}.'
-            )
+        if len(block_indices) != 4 or not set(block_indices) <= set(range(self.depth)):
+            raise ValueError(f'block_indices must be four of the {self.depth} blocks, got {block_indices}.')
         self.block_indices = sorted(block_indices)
         stride = self.patch_embed.feat_ratio()
         self.feature_info = [
             {'module': f'fpn{level}', 'num_chs': self.embed_dim, 'reduction': max(int(stride / scale), 1)}
             for level, scale in enumerate(scales, start=1)
         ]
+        if not any(map(self._is_normed, self.block_indices)):
+            self.norm_f.requires_grad_(False)  # kept for strict loading
+
+    def _is_normed(self, i: int) -> bool:
+        """Whether the map of block i is the stream after the final norm."""
+        return False
+
+    def _feature(self, i: int, x: Tensor, branch: Tensor, norm: bool) -> Tensor:
+        return super()._feature(i, x, branch, norm or self._is_normed(i))
 
     def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
         if num_classes:
@@ -442,6 +458,7 @@ class Pyramid:
         """Remove what the levels at `indices` don't need; returns them as absolute indices."""
         levels, _ = feature_take_indices(len(self.block_indices), indices)
         blocks = sorted({self.block_indices[level] for level in levels})
+        prune_norm = prune_norm and not any(map(self._is_normed, blocks))
         super().prune_intermediate_layers(blocks, prune_norm, prune_head)
         for level in set(range(len(self.block_indices))).difference(levels):
             setattr(self, f'fpn{level + 1}', nn.Identity())
@@ -450,6 +467,15 @@ class Pyramid:
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image [B, in_chans, H, W] -> a map [B, D, h, w] a level, finest first."""
         return self.forward_intermediates(x, stop_early=True, intermediates_only=True)
+
+
+def fit_pyramid(state_dict: dict[str, Tensor], model: IsotropicMamba) -> dict[str, Tensor]:
+    """A checkpoint for a pyramid: without a head, and, if it is a classifier's, with the model's own `fpn` modules."""
+    own = {key: value for key, value in model.state_dict().items() if key.startswith('fpn')}
+    if own and not any(key.startswith('fpn') for key in state_dict):
+        _logger.warning('The checkpoint is a classifier: its head is dropped, the pyramid stays as initialised.')
+        state_dict = state_dict | own
+    return {key: value for key, value in state_dict.items() if not key.startswith('head.')}
 
 
 def build_isotropic(model_cls: type[IsotropicMamba], variant: str, pretrained: bool, **kwargs: Any) -> IsotropicMamba:

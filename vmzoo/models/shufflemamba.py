@@ -24,14 +24,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers.linear import Linear
 from ..layers.mamba import MambaMlpBlock, Scan, VimBlock
 from ..layers.norm import LayerNorm
 from ..layers.tokens import ClassToken, insert_tokens
-from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, norm_class
+from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, norm_class
 
 __all__ = ['MambaMlp', 'MambaReg', 'ShuffleMamba', 'ShuffleMambaBackbone']
 
@@ -104,21 +103,12 @@ class ShuffleMambaBackbone(Pyramid, ShuffleMamba):
         self._set_levels(block_indices, scales=(1, 1, 1, 1))
         for level in range(1, 5):
             setattr(self, f'fpn{level}', nn.Identity())
-        self.norm_f.requires_grad_(self._is_normed(self.block_indices[-1]))
 
     def _is_normed(self, i: int) -> bool:
         return i == self.depth - 1
 
     def _feature(self, i: int, x: Tensor, branch: Tensor, norm: bool) -> Tensor:
-        return self.norm_f(x) if self._is_normed(i) else super()._feature(i, branch, branch, norm)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the maps at `indices` don't need; returns them as absolute indices."""
-        levels, _ = feature_take_indices(4, indices)
-        is_needed = any(self._is_normed(self.block_indices[level]) for level in levels)
-        return super().prune_intermediate_layers(indices, prune_norm and not is_needed, prune_head)
+        return super()._feature(i, x if self._is_normed(i) else branch, branch, norm)
 
 
 class MambaReg(IsotropicMamba):
@@ -257,7 +247,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: IsotropicMamba) -
 
 
 def _without_classifier(state_dict: dict[str, Tensor], model: ShuffleMambaBackbone) -> dict[str, Tensor]:
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.')}
+    state_dict = fit_pyramid(state_dict, model)
     if 'cls_token' in state_dict and model.cls_token is None:
         del state_dict['cls_token']
         state_dict['pos_embed'] = state_dict['pos_embed'][:, 1:]

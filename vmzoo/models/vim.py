@@ -18,7 +18,6 @@ Written from the paper and the published checkpoints' layout; parameter names ar
 * A, D and the step biases have no weight decay.
 """
 
-import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -30,11 +29,9 @@ from torch import Tensor, nn
 from ..layers.mamba import TokenPaths, VimBlock
 from ..layers.rope import apply_rope, rope_tables
 from ..layers.tokens import ClassToken, class_token_places, drop_tokens, insert_tokens
-from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, norm_class, scaling_levels
+from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, norm_class, scaling_levels
 
 __all__ = ['VisionMamba', 'VisionMambaPyramid']
-
-_logger = logging.getLogger(__name__)
 
 
 class VisionMamba(IsotropicMamba):
@@ -133,7 +130,6 @@ class VisionMambaPyramid(Pyramid, VisionMamba):
         )
         self._set_levels(block_indices)
         self.features = features
-        self.norm_f.requires_grad_(False)  # no level goes through it
         for level, module in enumerate(scaling_levels(self.embed_dim, partial(nn.BatchNorm2d, **dd), **dd), start=1):
             setattr(self, f'fpn{level}', module)
 
@@ -151,10 +147,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
     """
     rotary = any(key.startswith('rope.') for key in state_dict)
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith('rope.')}
-    if isinstance(model, VisionMambaPyramid) and not any(key.startswith('fpn') for key in state_dict):
-        _logger.warning('The checkpoint is a classifier: its head is dropped, the pyramid stays as initialised.')
-        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.')}
-        state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith('fpn')}
+    if isinstance(model, VisionMambaPyramid):
+        state_dict = fit_pyramid(state_dict, model)
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is None or ('cls_token' not in state_dict and model.cls_token is not None):
         return state_dict

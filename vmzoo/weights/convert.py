@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'model_ema', 'state_dict_ema', 'ema_state_dict')
 # Modules that training wraps around the backbone: DDP, torch.compile, trainers, segmentors and detectors.
 PREFIXES = ('module.', '_orig_mod.', 'model.', 'backbone.')
+MMPRETRAIN_HEAD = 'head.fc.'  # its classifier stands beside the backbone
 SHOWN = 5
 
 
@@ -88,13 +89,15 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
     """Does what `convert_state_dict` does, and returns the report beside the weights."""
     target = model.state_dict()
-    weights, source, ignored = _unwrap(state_dict, target, (*_of_family(model, 'PREFERRED_WRAPPER'), *WRAPPERS))
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    classifiers = _names(cfg.get('classifier'))
+    wrappers = (*_of_family(model, 'PREFERRED_WRAPPER'), *WRAPPERS)
+    weights, source, ignored = _unwrap(state_dict, target, wrappers, classifiers)
     if not weights:
         raise CheckpointMismatch(f'no weights in it (its keys: {_some(map(str, state_dict))})')
     weights = _map_keys(weights, model)
 
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    head, dropped = _match_head(weights, target, _names(cfg.get('classifier')))
+    head, dropped = _match_head(weights, target, classifiers)
     stem = _match_stem(weights, target, _names(cfg.get('first_conv')))
     _check(weights, target, model)
     report = LoadReport(source, head, stem, ignored + dropped)
@@ -113,7 +116,7 @@ def _of_family(model: nn.Module, name: str) -> list[Any]:
 
 
 def _unwrap(
-    state_dict: Mapping[str, Any], target: dict[str, Tensor], wrappers: Sequence[str]
+    state_dict: Mapping[str, Any], target: dict[str, Tensor], wrappers: Sequence[str], classifiers: Sequence[str]
 ) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     path = []
     while name := next((w for w in wrappers if isinstance(state_dict.get(w), Mapping) and state_dict[w]), None):
@@ -128,11 +131,19 @@ def _unwrap(
             inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
             if inside and not any(key.startswith(prefix) for key in target):
                 beside = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-                own = {key: value for key, value in beside.items() if key in target}  # a head that the model has too
-                ignored += [key for key in beside if key not in own]
+                names = {key: _own_head(key, classifiers) for key in beside}
+                own = {names[key]: value for key, value in beside.items() if names[key] in target}
+                ignored += [key for key in beside if names[key] not in target]
                 weights, stripping = own | inside, True
                 path.append(prefix.rstrip('.'))
     return weights, '.'.join(path), tuple(ignored)
+
+
+def _own_head(key: str, classifiers: Sequence[str]) -> str:
+    """The model's name for a key beside its backbone."""
+    if len(classifiers) == 1 and key.startswith(MMPRETRAIN_HEAD):
+        return f'{classifiers[0]}.{key.removeprefix(MMPRETRAIN_HEAD)}'
+    return key
 
 
 def _map_keys(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
