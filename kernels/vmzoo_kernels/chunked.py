@@ -261,7 +261,7 @@ def _factors(inputs: ScanInputs) -> tuple[Tensor, list[int]]:
 def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
     """Scan of :mod:`vmzoo_kernels.ops` into ``out`` ([B, L, D] summed over routes, or [B, L, K, D]) and ``last``."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus, segment = inputs
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, segment = inputs
     lanes = _lanes(gather, merge, x.shape[1], complete, segment)
     factors, widths = _factors(inputs)
     result = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
@@ -297,7 +297,7 @@ def forward(inputs: ScanInputs, out: Tensor, last: Tensor) -> None:
 def backward(dy: Tensor, inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias in the compute dtype; None for those not given."""
     inputs = inputs.in_dtype(compute_dtype(inputs.x.dtype))
-    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, _, softplus, segment = inputs
+    x, _, _, _, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, segment = inputs
     dy = dy.to(x.dtype)
     lanes = _lanes(gather, merge, x.shape[1], complete, segment)
     factors, widths = _factors(inputs)

@@ -45,7 +45,6 @@ class ScanInputs(NamedTuple):
         gather: [K, S, T] int32, positions read; -1 for padding.
         merge: [K, S, T] int32, positions written; -1 for nowhere.
         complete: Every route reads and writes every position, once.
-        mirrored: Route k + K / 2 walks route k backwards.
         softplus: Of the step sizes.
         segment: Steps of the segments, counted from the start of every sequence, that are also scanned backwards; 0
             for none.
@@ -62,7 +61,6 @@ class ScanInputs(NamedTuple):
     gather: Tensor
     merge: Tensor
     complete: bool
-    mirrored: bool
     softplus: bool
     segment: int = 0
 

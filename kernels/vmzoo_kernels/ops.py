@@ -54,7 +54,6 @@ def _forward(
     gather: Tensor,
     merge: Tensor,
     complete: bool,
-    mirrored: bool,
     softplus: bool,
     segment: int,
     reduce: bool,
@@ -64,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states [B, K, S, D, N], and what the backward pass wants kept (empty if nothing)."""
     out, last, states = empty_outputs(x, A, gather, segment, reduce, out_dtype, save_states, backend)
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, segment)
     if backend == 'cuda':
         cuda_scan.forward(inputs, out, last, states)
     elif backend == 'triton':
@@ -92,7 +91,6 @@ def _(
     gather,
     merge,
     complete,
-    mirrored,
     softplus,
     segment,
     reduce,
@@ -117,13 +115,12 @@ def _backward(
     gather: Tensor,
     merge: Tensor,
     complete: bool,
-    mirrored: bool,
     softplus: bool,
     segment: int,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x, dt, B, C, A, D, dt_weight and dt_bias; empty for those not given."""
-    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment)
+    inputs = ScanInputs(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, segment)
     if backend == 'cuda':
         grads = cuda_scan.backward(dy, inputs, states)
     elif backend == 'triton':
@@ -143,21 +140,21 @@ _scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, muta
 
 
 @_scan_backward.register_fake
-def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, backend):
+def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, backend):
     return empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, gather, merge, complete, mirrored, softplus, segment, _reduce, _out_dtype, _save_states, backend = inputs
+    *tensors, gather, merge, complete, softplus, segment, _reduce, _out_dtype, _save_states, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[2], gather, merge)
-    ctx.options = (complete, mirrored, softplus, segment, backend)
+    ctx.options = (complete, softplus, segment, backend)
 
 
 def _gradients(ctx, dy: Tensor | None, backward: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
     *tensors, states, gather, merge = ctx.saved_tensors
-    nothing = (None,) * 10
+    nothing = (None,) * 9
     if dy is None:
         return (None,) * 8 + nothing
     grads = backward(dy, *tensors, states, gather, merge, *ctx.options)
@@ -203,15 +200,13 @@ def _shape_flops(x, A, D, dt_weight, gather, segment) -> int:
 
 
 @register_flop_formula(torch.ops.vmzoo.scan)
-def _(
-    x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, mirrored, softplus, segment, *args, **kwargs
-) -> int:
+def _(x, dt, B, C, A, D, dt_weight, dt_bias, gather, merge, complete, softplus, segment, *args, **kwargs) -> int:
     return _shape_flops(x, A, D, dt_weight, gather, segment)
 
 
 @register_flop_formula(torch.ops.vmzoo.scan_backward)
 def _(
-    dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, mirrored, softplus, segment, *args, **kw
+    dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, *args, **kw
 ) -> int:
     return 2 * _shape_flops(x, A, D, dt_weight, gather, segment)
 
@@ -343,7 +338,6 @@ def route_scan(
         routes.gather,
         routes.merge,
         routes.complete,
-        routes.mirrored,
         True,
         segment,
         merge,

@@ -74,7 +74,7 @@ class _OnlyFirst(torch.autograd.Function):
 
 def _options(routes: Routes) -> tuple:
     """What follows the tensors in ``ScanInputs``."""
-    return routes.gather, routes.merge, routes.complete, routes.mirrored, True, 0
+    return routes.gather, routes.merge, routes.complete, True, 0
 
 
 def projected_scan(

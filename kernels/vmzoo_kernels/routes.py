@@ -25,8 +25,6 @@ class Routes(NamedTuple):
             ``gather`` except for scans that put their outputs elsewhere than they read.
         num_positions: L.
         complete: whether every route reads and writes every position, exactly once each.
-        mirrored: whether route k + K / 2 visits the positions of route k in reverse, for every k < K / 2. Two such
-            routes can share what they load.
         parts: the map in K parts, if the routes share its positions out between them; None if a position is visited
             twice, or never. A scan of the parts needs no more projections than the map has positions, and takes every
             backend.
@@ -36,7 +34,6 @@ class Routes(NamedTuple):
     merge: Tensor
     num_positions: int
     complete: bool
-    mirrored: bool = False
     parts: 'Parts | None' = None
 
     @property
@@ -71,13 +68,13 @@ def _positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
 
 
-def _permutations(*orders: Tensor, mirrored: bool = False) -> Routes:
+def _permutations(*orders: Tensor) -> Routes:
     table = torch.stack([order.reshape(-1) for order in orders]).unsqueeze(1)  # [K, 1, L]
-    return Routes(table, table, table.shape[-1], True, mirrored)
+    return Routes(table, table, table.shape[-1], True)
 
 
 def _cross(pos: Tensor) -> Routes:
-    return _permutations(pos, pos.t(), pos.reshape(-1).flip(0), pos.t().reshape(-1).flip(0), mirrored=True)
+    return _permutations(pos, pos.t(), pos.reshape(-1).flip(0), pos.t().reshape(-1).flip(0))
 
 
 def _unidi(pos: Tensor) -> Routes:
@@ -86,11 +83,11 @@ def _unidi(pos: Tensor) -> Routes:
 
 def _bidi(pos: Tensor) -> Routes:
     backward = pos.reshape(-1).flip(0)
-    return _permutations(pos, pos, backward, backward, mirrored=True)
+    return _permutations(pos, pos, backward, backward)
 
 
 def _rotate(pos: Tensor) -> Routes:
-    return _permutations(*(torch.rot90(pos, k) for k in range(4)), mirrored=True)
+    return _permutations(*(torch.rot90(pos, k) for k in range(4)))
 
 
 def _forward(pos: Tensor) -> Routes:
@@ -98,7 +95,7 @@ def _forward(pos: Tensor) -> Routes:
 
 
 def _forward_backward(pos: Tensor) -> Routes:
-    return _permutations(pos, pos.reshape(-1).flip(0), mirrored=True)
+    return _permutations(pos, pos.reshape(-1).flip(0))
 
 
 def _cascade(lines: Tensor) -> Routes:
@@ -228,12 +225,8 @@ def routes_from_table(gather: Tensor, num_positions: int, merge: Tensor | None =
                 raise ValueError(f'route {k} {verb} position {int(count.argmax())} {int(count.max())} times')
             complete = complete and bool((count == 1).all()) and row.numel() == num_positions
     tables = (gather.to(torch.int32).contiguous(), merge.to(torch.int32).contiguous())
-    half = len(tables[0]) // 2
-    mirrored = (
-        complete and half > 0 and all(torch.equal(v[:half].flatten(1).flip(1), v[half:].flatten(1)) for v in tables)
-    )
     shared_out = all(bool((v[v >= 0].bincount(minlength=num_positions) == 1).all()) for v in tables)
-    return Routes(*tables, num_positions, complete, mirrored, _parts(*tables, num_positions) if shared_out else None)
+    return Routes(*tables, num_positions, complete, _parts(*tables, num_positions) if shared_out else None)
 
 
 def gather_routes(x: Tensor, routes: Routes) -> Tensor:

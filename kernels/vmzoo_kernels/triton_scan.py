@@ -679,7 +679,7 @@ class _Scan:
     """What the forward and the backward launch share: converted parameters, sizes, strides and constants."""
 
     def __init__(self, inputs: ScanInputs, dy: Tensor | None = None):
-        x, dt, B, C, A, D, weight, bias, gather, merge, _, _, softplus, segment = inputs
+        x, dt, B, C, A, D, weight, bias, gather, merge, _, softplus, segment = inputs
         acc = compute_dtype(x.dtype)
         self.acc = acc
         self.x = x

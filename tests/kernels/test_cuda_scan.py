@@ -52,7 +52,7 @@ def make(size, dim, d_state, rank, name, dtype=torch.float16, batch=1, per_route
         (normal(k, dim, rank) * rank**-0.5).to(dtype).float(),  # exact in the dtype of the matrix unit
         normal(k, dim) - 2,
     )
-    return ScanInputs(*tensors, *routes[:2], routes.complete, routes.mirrored, True)
+    return ScanInputs(*tensors, *routes[:2], routes.complete, True)
 
 
 def run(scan, inputs, dy, out_dtype, tile=cuda_scan.TILE):

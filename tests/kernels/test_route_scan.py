@@ -284,7 +284,7 @@ def scan_arguments(inputs, routes, backend, segment=0):
     rank, n = inputs['dt_weight'].shape[-1], inputs['A'].shape[-1]
     dt, b, c = inputs['x_dbl'].split([rank, n, n], dim=-1)
     parameters = (inputs['A'], inputs['D'], inputs['dt_weight'], inputs['dt_bias'])
-    tables = (routes.gather, routes.merge, routes.complete, routes.mirrored)
+    tables = (routes.gather, routes.merge, routes.complete)
     options = (*tables, True, segment, True, torch.float32, True, backend)
     return (inputs['x'], dt, b, c, *parameters, *options)
 
@@ -364,7 +364,7 @@ def test_offsets_are_64_bit_where_31_may_not_do(far):
     distant = torch.empty_strided((1, 6, 8), (6 * 2**29, 2**29, 1), device='meta', dtype=torch.float64)
     x = distant if far == 'x' else inputs['x']
     _, *others = scan_arguments(inputs, routes, 'triton')
-    scan = triton_scan._Scan(ScanInputs(x, *others[:13]), distant if far == 'dy' else inputs['x'])
+    scan = triton_scan._Scan(ScanInputs(x, *others[:12]), distant if far == 'dy' else inputs['x'])
     assert scan.constants['WIDE'] == (far is not None)
 
 
@@ -498,7 +498,7 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_holds_every_state():
     """The torch backend keeps one state channel at a time: nothing has B·K·L·D·N values."""
     inputs, routes = make((6, 6), 8, 64, 2, 'cross', dtype=torch.float32)
-    inputs = ScanInputs(*scan_arguments(inputs, routes, 'torch')[:14])
+    inputs = ScanInputs(*scan_arguments(inputs, routes, 'torch')[:13])
     y, last = torch.zeros(2, 36, 8), torch.zeros(2, 4, 1, 8, 64)
     with _Largest() as largest:
         chunked.forward(inputs, y, last)

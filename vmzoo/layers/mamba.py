@@ -47,9 +47,7 @@ def make_paths(
     tokens = [places if order is None else order.to(torch.int32) for order in orders]
     gather = torch.stack([places.flip(0) if back else places for back in reverse])
     merge = torch.stack([tokens[i].flip(0) if back else tokens[i] for i, back in zip(order_of, reverse)])
-    half = len(reverse) // 2
-    mirrored = half > 0 and order_of == 2 * order_of[:half] and reverse == (False,) * half + (True,) * half
-    routes = Routes(gather.unsqueeze(1), merge.unsqueeze(1), length, True, mirrored)
+    routes = Routes(gather.unsqueeze(1), merge.unsqueeze(1), length, True)
     return TokenPaths(orders, order_of, reverse, routes)
 
 
