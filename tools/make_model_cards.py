@@ -20,6 +20,16 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'mobilemamba': """
+Three stages at strides 16, 32 and 64. Their token mixer scans some of its channels in both directions beside a
+convolution of their wavelet bands, convolves some, and leaves the rest. B1, B2 and B4 are one network at three image
+sizes. `kd` weights were trained for 1,000 epochs with a teacher. Feature maps: the stem's, and those of the stages;
+`features_only=True` returns the stages'.
+
+`model.eval().fuse()` folds batch norms, residual depthwise convolutions and scales into the layers beside them, for
+inference: the same outputs from fewer layers, with other parameter names, so load the weights first.
+`timm.models.reparameterize_model(model.eval())` does it to a copy. Training checkpoints hold the averaged weights as
+`net_E`, which are those that are loaded.""",
     'a2mamba': """
 Neighbourhood attention in two windows, whose maps gather values, and then the states of a row-major scan. It runs in
 plain torch; `attn_backend='natten'` uses NATTEN 0.17 where that is installed (later versions have neither a relative

@@ -32,6 +32,7 @@ TINY = [name for name in NAMES if 'nano' in name or ('tiny' in name and name.rep
 # where a test is slow: one of each family, its nano model if there is one
 SIMPLE_LAST = sorted(NAMES, key=lambda name: ('nano' in name, name in CLASSIFIERS))
 ONE_EACH = list({family(name): name for name in SIMPLE_LAST}.values())
+TINY += [name for name in ONE_EACH if family(name) not in map(family, TINY)]
 
 every_model = pytest.mark.parametrize('name', NAMES)
 every_classifier = pytest.mark.parametrize('name', CLASSIFIERS)

@@ -28,6 +28,7 @@ WRAPPINGS = {
     'model': (lambda s: {'model': s, 'epoch': 3}, 'model'),
     'state_dict': (lambda s: {'state_dict': s, 'meta': {'epoch': 1}}, 'state_dict'),
     'model_ema alone': (lambda s: {'model': {}, 'model_ema': s}, 'model_ema'),
+    'net': (lambda s: {'net': s, 'optimizer': {}}, 'net'),
     'ddp': (lambda s: {'model': with_prefix(s, 'module.')}, 'model.module'),
     'compiled ddp': (lambda s: with_prefix(s, 'module._orig_mod.'), 'module._orig_mod'),
     'mm': (

@@ -5,6 +5,7 @@ from .a2mamba import A2Mamba
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
+from .mobilemamba import MobileMamba
 from .resvmamba import ResVMamba
 from .roma import RoMA, RoMADense
 from .rsmamba import RSMamba
@@ -23,6 +24,7 @@ __all__ = [
     'MambaMlp',
     'MambaReg',
     'RSMamba',
+    'MobileMamba',
     'ResVMamba',
     'RoMA',
     'RoMADense',
