@@ -405,7 +405,7 @@ def _scan_channels_last(
         None,
         None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
     )
-    options = (table, table, True, False, softplus, segment, False, flowing_dtype(u), keep, backend)
+    options = (table, table, True, softplus, segment, False, flowing_dtype(u), keep, backend)
     y, last, _ = _call(tensors, *options)
     return y.permute(0, 2, 3, 1).flatten(1, 2), last.flatten(1, 3)
 
