@@ -43,13 +43,6 @@ def test_shuffled_paths_are_the_paths_of_the_shuffled_tokens(scan):
     torch.testing.assert_close(mixer(x, shuffle_paths(paths, order)), want)
 
 
-def test_paths_that_mirror_each_other_are_marked():
-    order = torch.arange(5)
-    assert token_paths('cross', 5, order.device, order).routes.mirrored
-    assert not make_paths((None, order), (0, 0, 1), (False, True, False), 5, order.device).routes.mirrored
-    assert not make_paths((None, order), (0, 1), (False, True), 5, order.device).routes.mirrored
-
-
 def test_a_scan_of_columns_needs_their_order():
     with pytest.raises(ValueError, match='pass columns'):
         MambaMixer(8, scan='cross')(torch.randn(1, 5, 8))
