@@ -115,6 +115,21 @@ compare them in float64.
 The authors' files hold two sets of weights. The averaged ones (`model_ema`) are loaded: theirs are the stated
 accuracies. A dense backbone's checkpoint, as in a detector's file, fits the model inside `features_only=True`:
 `vmzoo.convert_state_dict(state_dict, features.model)`.""",
+    'lbmamba': """
+Vim without class token and with one scan a block instead of two: within the scan every segment of a few tokens is also
+scanned backwards with the same parameters, and every second block runs over the tokens in reverse. Published names
+differ: `lbvim_tiny` is `lbvim_tiny_patch16_224`, `lbvim_528_atthead` is `lbvim_528_patch16_224_atthead`. The `backbone`
+models return the outputs of four blocks' mixers, all at 1/16, of images of any size.
+
+`segment` is the length of the segments. By default it follows the number of tokens, as in the published kernel: 4 up to
+128, 8 up to 256 (so at 224x224), 16 above. A model trained at one size therefore runs with other segments at another;
+`segment=8` keeps them. The same option of `vim_*` models scans segments within the forward direction; so does that of
+`vmzoo.layers.MambaMixer`, `vmzoo_kernels.selective_scan` and `route_scan`. On GPUs such scans run on Triton. They are
+counted with 12 operations for each step, channel and state instead of 9.
+
+The authors' weights are in [one release](https://github.com/cvlab-stonybrook/LBMamba/releases/tag/v1.0): download a
+file and pass `pretrained_cfg_overlay=dict(file=...)`. They were trained in float32, without mixed precision. No licence
+is stated.""",
     'shufflemamba': """
 Isotropic models trained with a stochastic layer-wise shuffle: while training, a layer sees its tokens in random order
 with a chance that grows with its depth up to `shuffle_rate`, and the order is restored after it. In evaluation the

@@ -94,6 +94,10 @@ def _forward(pos: Tensor) -> Routes:
     return _permutations(pos)
 
 
+def _backward(pos: Tensor) -> Routes:
+    return _permutations(pos.reshape(-1).flip(0))
+
+
 def _forward_backward(pos: Tensor) -> Routes:
     return _permutations(pos, pos.reshape(-1).flip(0))
 
@@ -129,6 +133,7 @@ _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'bidi': _bidi,
     'rotate': _rotate,
     'forward': _forward,
+    'backward': _backward,
     'forward_backward': _forward_backward,
     'cascade_rows': _cascade_rows,
     'cascade_cols': _cascade_cols,
@@ -160,10 +165,10 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     ``cross`` (row-major, column-major and both reversed), ``unidi`` (row-major four times), ``bidi`` (row-major twice,
     reversed twice) and ``rotate`` (the map turned by 0, 90, 180 and 270 degrees) are the four scan modes of VMamba
     (arXiv 2401.10166); ``cascade_rows`` and ``cascade_cols`` are the two halves of its cascaded scan, one sequence a
-    row or column. ``forward`` and ``forward_backward`` are the row-major order alone, and with its reverse (Vim, arXiv
-    2401.09417). ``atrous`` is EfficientVMamba's scan with skipped positions (arXiv 2403.09977): each of four routes
-    visits one pixel of every 2x2 cell, (0, 0), (1, 0), (0, 1) or (1, 1), the second and the fourth column by column; at
-    an odd side the cells are padded.
+    row or column. ``forward`` and ``backward`` are the row-major order and its reverse, ``forward_backward`` both (Vim,
+    arXiv 2401.09417). ``atrous`` is EfficientVMamba's scan with skipped positions (arXiv 2403.09977): each of four
+    routes visits one pixel of every 2x2 cell, (0, 0), (1, 0), (0, 1) or (1, 1), the second and the fourth column by
+    column; at an odd side the cells are padded.
 
     Args:
         name: One of :func:`route_names`.

@@ -125,7 +125,7 @@ def test_copies():
 @pytest.mark.parametrize(
     'option, message',
     [
-        ({'routes': 'zigzag'}, "Unknown scan 'zigzag'; choose from atrous, bidi"),
+        ({'routes': 'zigzag'}, "Unknown scan 'zigzag'; choose from atrous, backward, bidi"),
         ({'dim': 0}, 'dim must be at least 1'),
         ({'d_state': 0}, 'd_state must be at least 1'),
         ({'ssm_ratio': 0.0}, 'no inner channel'),

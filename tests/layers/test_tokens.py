@@ -46,5 +46,5 @@ def test_shuffled_paths_are_the_paths_of_the_shuffled_tokens(scan):
 def test_a_scan_of_columns_needs_their_order():
     with pytest.raises(ValueError, match='pass columns'):
         MambaMixer(8, scan='cross')(torch.randn(1, 5, 8))
-    with pytest.raises(ValueError, match='scan must be one of forward, forward_backward, cross'):
+    with pytest.raises(ValueError, match='scan must be one of forward, backward, forward_backward, cross'):
         MambaMixer(8, scan='zigzag')

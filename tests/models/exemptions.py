@@ -29,6 +29,11 @@ SMALL = {
     'shufflemamba': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},
     'shufflemamba_base_seg': {'block_indices': (0, 1, 2, 3)},
     'shufflemamba_large_seg': {'block_indices': (0, 1, 2, 3)},
+    'lbmamba': {'depth': 4, 'embed_dim': 48, 'img_size': 64, 'dynamic_img_size': True},
+    'lbvim_tiny_backbone': {'block_indices': (0, 1, 2, 3)},
+    'lbvim_300_backbone': {'block_indices': (0, 1, 2, 3), 'out_dim': 32},
+    'lbvim_small_backbone': {'block_indices': (0, 1, 2, 3)},
+    'lbvim_528_backbone': {'block_indices': (0, 1, 2, 3), 'out_dim': 32},
     'vim_tiny_seg': {'block_indices': (0, 1, 2, 3)},
     'vim_small_seg': {'block_indices': (0, 1, 2, 3)},
 }
@@ -54,6 +59,7 @@ EXEMPT = {
         'roma': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'rsmamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'shufflemamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
+        'lbmamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'vim': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
     },
 }

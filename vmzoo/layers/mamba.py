@@ -13,10 +13,10 @@ from .linear import Linear, SwiGlu
 from .norm import LayerNorm, RMSNorm
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_
 
-Scan = Literal['forward', 'forward_backward', 'cross']
+Scan = Literal['forward', 'backward', 'forward_backward', 'cross']
 
 # endings of the parameters' names, one a path; the second half of the paths reverses the first
-_SUFFIXES = {'forward': ('',), 'forward_backward': ('', '_b'), 'cross': ('', '_c', '_b', '_c_b')}
+_SUFFIXES = {'forward': ('',), 'backward': ('',), 'forward_backward': ('', '_b'), 'cross': ('', '_c', '_b', '_c_b')}
 
 
 class TokenPaths(NamedTuple):
@@ -64,7 +64,7 @@ def token_paths(scan: Scan, length: int, device: torch.device, columns: Tensor |
         ValueError: 'cross' without `columns`.
     """
     if scan != 'cross':
-        reverse = (False, True)[: len(_SUFFIXES[scan])]
+        reverse = {'forward': (False,), 'backward': (True,)}.get(scan, (False, True))
         return TokenPaths((None,), (0,) * len(reverse), reverse, get_routes(scan, 1, length, device=device))
     if columns is None:
         raise ValueError("A 'cross' scan over tokens needs their column-major order: pass columns.")
@@ -76,6 +76,10 @@ def shuffle_paths(paths: TokenPaths, order: Tensor) -> TokenPaths:
     orders = tuple(order if inner is None else order[inner] for inner in paths.orders)
     merge = order.to(torch.int32)[paths.routes.merge.long()]
     return paths._replace(orders=orders, routes=paths.routes._replace(merge=merge, parts=None))
+
+
+def _some_routes(routes: Routes, some: list[int]) -> Routes:
+    return routes._replace(gather=routes.gather[some], merge=routes.merge[some], parts=None)
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
@@ -100,8 +104,11 @@ class MambaMixer(nn.Module):
         d_conv: Kernel of the causal convolution.
         expand: Inner width over `dim`.
         dt_rank: Rank R of the step projection; 'auto' is ceil(dim / 16).
-        scan: 'forward', 'forward_backward', or 'cross' for these two along rows and along columns.
+        scan: 'forward', 'backward', 'forward_backward', or 'cross' for the last along rows and along columns.
         average: Divide the sum of the paths by their number.
+        segment: Also scan every segment of so many tokens against the direction of its path, with the same parameters
+            ('auto': by the number of tokens), as :func:`vmzoo_kernels.selective_scan` describes. In a mixer with paths
+            both ways only those that run forwards do.
 
     Raises:
         ValueError: Unknown scan, or no inner channel or state.
@@ -116,6 +123,7 @@ class MambaMixer(nn.Module):
         dt_rank: int | str = 'auto',
         scan: Scan = 'forward_backward',
         average: bool = True,
+        segment: int | Literal['auto'] | None = None,
         device=None,
         dtype=None,
     ):
@@ -130,6 +138,7 @@ class MambaMixer(nn.Module):
         self.scan = scan
         self.suffixes = _SUFFIXES[scan]
         self.scale = 1.0 / len(self.suffixes) if average else 1.0
+        self.segment = segment
 
         for suffix in sorted(self.suffixes):
             setattr(self, f'A{suffix}_log', nn.Parameter(torch.empty(d_inner, d_state, **dd)))
@@ -177,16 +186,30 @@ class MambaMixer(nn.Module):
             x_dbl = torch.stack([proj(x[:, :, k]) for k, proj in enumerate(self._of_paths('x_proj{}'))], dim=2)
         A_log = torch.stack(self._of_paths('A{}_log'))
         dt_projections = self._of_paths('dt_proj{}')
-        return route_scan(
-            x,
-            x_dbl,
+        parameters = (
             -torch.exp(A_log.to(compute_dtype(A_log.dtype))),
             torch.stack(self._of_paths('D{}')),
             torch.stack([proj.weight for proj in dt_projections]),
             torch.stack([proj.bias for proj in dt_projections]),
-            paths.routes,
-            merge=merge,
         )
+        if self.segment is None or len(set(paths.reverse)) == 1:
+            return route_scan(x, x_dbl, *parameters, paths.routes, merge=merge, segment=self.segment)
+        ways = [[k for k, back in enumerate(paths.reverse) if back == way] for way in (False, True)]
+        ys = [
+            route_scan(
+                x[:, :, way],
+                x_dbl[:, :, way],
+                *(v[way] for v in parameters),
+                _some_routes(paths.routes, way),
+                merge=merge,
+                segment=segment,
+            )
+            for way, segment in zip(ways, (self.segment, None))
+        ]
+        if merge:
+            return ys[0] + ys[1]
+        order = ways[0] + ways[1]
+        return torch.cat(ys, dim=2)[:, :, [order.index(k) for k in range(len(order))]]
 
     def forward(self, x: Tensor, paths: TokenPaths | None = None) -> Tensor:
         """Tokens [B, L, D] -> [B, L, D]; `paths` are the mixer's :func:`token_paths` or a shuffle of them."""

@@ -5,6 +5,7 @@ from .a2mamba import A2Mamba
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
+from .lbmamba import LBVim, LBVimBackbone
 from .mobilemamba import MobileMamba
 from .resvmamba import ResVMamba
 from .roma import RoMA, RoMADense
@@ -21,6 +22,8 @@ __all__ = [
     'HRVMambaBranches',
     'HRVMambaPose',
     'HRVMambaPyramid',
+    'LBVim',
+    'LBVimBackbone',
     'MambaMlp',
     'MambaReg',
     'MobileMamba',

@@ -68,6 +68,8 @@ class IsotropicMamba(nn.Module):
             pooling, or an image smaller than a patch.
     """
 
+    global_pools: tuple[str, ...] = ('token', 'avg', '')
+
     def __init__(
         self,
         block_layer: Callable[..., nn.Module],
@@ -155,14 +157,12 @@ class IsotropicMamba(nn.Module):
         nn.init.zeros_(head.bias)
 
     def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
-        if global_pool not in ('', 'avg', 'token'):
-            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}.")
+        if global_pool not in self.global_pools:
+            raise ValueError(f'global_pool must be one of {self.global_pools}, got {global_pool!r}.')
         if global_pool == 'token' and not self.num_prefix_tokens:
             raise ValueError("global_pool='token' needs a class token; use 'avg' with class_token='none'.")
         if num_classes and not global_pool:
-            raise ValueError(
-                "A classifier needs pooled features: choose global_pool 'token' or 'avg', or num_classes=0."
-            )
+            raise ValueError("A classifier needs pooled features: choose a global_pool other than '' or num_classes=0.")
         self.global_pool = global_pool
 
     @torch.jit.ignore
@@ -182,8 +182,9 @@ class IsotropicMamba(nn.Module):
         lecun_normal_(self.patch_embed.proj.weight)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
-        if isinstance(self.head, nn.Linear):
-            self._init_head(self.head)
+        classifier = self.get_classifier()
+        if isinstance(classifier, nn.Linear):
+            self._init_head(classifier)
         for block in self.layers:
             self._init_block(block)
 
@@ -347,7 +348,7 @@ class IsotropicMamba(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, D] -> logits [B, num_classes], or the pooled features if `pre_logits`."""
         x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> logits [B, num_classes]."""
@@ -394,8 +395,9 @@ def fit_pos_embed(pos_embed: Tensor, model: IsotropicMamba, class_token: ClassTo
 class Pyramid:
     """Turns an isotropic model, the class after it, into a dense backbone: maps of chosen blocks, and no classifier.
 
-    A model gives the block of each level to `_set_levels`, and has modules `fpn1` to `fpn4` that bring its map to the
-    level's scale. `min_grid` is the fewest rows and columns of patches that every level can be made of.
+    A model gives the block of each level to `_set_levels`, and has modules `fpn1` to `fpn4` that make the level of its
+    map; one with other modules overrides `_make_level` and `_drop_level`. `min_grid` is the fewest rows and columns of
+    patches that every level can be made of.
     """
 
     min_grid = 1
@@ -418,6 +420,13 @@ class Pyramid:
 
     def _feature(self, i: int, x: Tensor, branch: Tensor, norm: bool) -> Tensor:
         return super()._feature(i, x, branch, norm or self._is_normed(i))
+
+    def _make_level(self, level: int, x: Tensor) -> Tensor:
+        """Map [B, D, h, w] of a level's block -> the level."""
+        return getattr(self, f'fpn{level + 1}')(x)
+
+    def _drop_level(self, level: int) -> None:
+        setattr(self, f'fpn{level + 1}', nn.Identity())
 
     def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
         if num_classes:
@@ -446,7 +455,7 @@ class Pyramid:
         levels = sorted(feature_take_indices(len(self.block_indices), indices)[0])
         blocks = sorted({self.block_indices[level] for level in levels})
         final, maps = super().forward_intermediates(x, blocks, norm=norm, stop_early=stop_early)
-        maps = [getattr(self, f'fpn{level + 1}')(maps[blocks.index(self.block_indices[level])]) for level in levels]
+        maps = [self._make_level(level, maps[blocks.index(self.block_indices[level])]) for level in levels]
         return maps if intermediates_only else (final, maps)
 
     def prune_intermediate_layers(
@@ -461,7 +470,7 @@ class Pyramid:
         prune_norm = prune_norm and not any(map(self._is_normed, blocks))
         super().prune_intermediate_layers(blocks, prune_norm, prune_head)
         for level in set(range(len(self.block_indices))).difference(levels):
-            setattr(self, f'fpn{level + 1}', nn.Identity())
+            self._drop_level(level)
         return levels
 
     def forward(self, x: Tensor) -> list[Tensor]:

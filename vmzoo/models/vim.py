@@ -44,6 +44,8 @@ class VisionMamba(IsotropicMamba):
         dt_rank: Rank of the step projection; 'auto' is ceil(embed_dim / 16).
         bidirectional: Scan the tokens in both directions.
         average_directions: Halve the sum of the two directions.
+        segment: Also scan every segment of so many tokens backwards within the forward direction (LBMamba, arXiv
+            2506.15976); 'auto' chooses by the number of tokens.
         rope: Turn the patch tokens by a 2D rotary embedding before every block, beside the position embedding.
         rope_grid_size: Side of the grid that the rotary embedding was pretrained on; other grids are scaled to it.
         norm_layer: 'rmsnorm' or 'layernorm'.
@@ -61,6 +63,7 @@ class VisionMamba(IsotropicMamba):
         dt_rank: int | str = 'auto',
         bidirectional: bool = True,
         average_directions: bool = True,
+        segment: int | Literal['auto'] | None = None,
         rope: bool = False,
         rope_grid_size: int = 14,
         norm_layer: Literal['rmsnorm', 'layernorm'] = 'rmsnorm',
@@ -69,7 +72,8 @@ class VisionMamba(IsotropicMamba):
         norm_cls = norm_class(norm_layer)
         scan = 'forward_backward' if bidirectional else 'forward'
         mixer_args = {'d_state': d_state, 'd_conv': d_conv, 'expand': expand, 'dt_rank': dt_rank}
-        block_layer = partial(VimBlock, norm_layer=norm_cls, scan=scan, average=average_directions, **mixer_args)
+        mixer_args |= {'scan': scan, 'average': average_directions, 'segment': segment}
+        block_layer = partial(VimBlock, norm_layer=norm_cls, **mixer_args)
         super().__init__(block_layer, norm_cls, scan, **kwargs)
         self.rope = rope
         self.rope_grid_size = rope_grid_size
