@@ -260,70 +260,7 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A barrier in shared memory that completes a phase when `count` threads have arrived; what they wrote before is there
-// for those that waited for the phase. Phases are told apart by their parity: the first is 0.
-
-__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier, unsigned count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier) {
-    asm volatile(
-        "{\n"
-        ".reg .b64 state;\n"
-        "mbarrier.arrive.shared.b64 state, [%0];\n"
-        "}" ::"r"(shared_address(barrier))
-        : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, unsigned parity) {
-#if __CUDA_ARCH__ >= 900
-#define VMZOO_WAIT "mbarrier.try_wait.parity.shared.b64"  // sleeps
-#else
-#define VMZOO_WAIT "mbarrier.test_wait.parity.shared.b64"
-#endif
-    unsigned done;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n" VMZOO_WAIT
-            " done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n"
-            "}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-    } while (!done);
-#undef VMZOO_WAIT
-}
-
-// An 8x8 matrix of 16-bit values, two neighbours of row lane / 4 in each lane, turned over its diagonal.
-__device__ __forceinline__ unsigned transpose(unsigned x) {
-    unsigned y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
-// Accesses of global memory whose address the compiler cannot trace back.
-
-__device__ __forceinline__ float4 load_global(const float4* address) {
-    float4 v;
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(address)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float2 load_global(const float2* address) {
-    float2 v;
-    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void store_global(float2* address, float2 v) {
-    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(v.x), "f"(v.y) : "memory");
-}
+// Stores to global memory whose address the compiler cannot trace back.
 
 __device__ __forceinline__ void store_global(float4* address, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
@@ -337,15 +274,6 @@ __device__ __forceinline__ void store_global(uint4* address, uint4 v) {
 
 __device__ __forceinline__ void store_global(unsigned* address, unsigned v) {
     asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
-}
-
-template <typename T>
-__device__ __forceinline__ void store_global(T* address, T v) {  // half_t or bfloat_t
-    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(v.v) : "memory");
-}
-
-__device__ __forceinline__ void store_global(uint2* address, uint2 v) {
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // A load by the read-only path, of memory that nothing writes while the kernel runs.

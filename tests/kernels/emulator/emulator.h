@@ -351,54 +351,12 @@ inline void cp_async_wait() {
     emulator::finish_copies(emulator::current->groups - n);
 }
 
-// Barriers in shared memory
-
-namespace emulator {
-
-struct Mbarrier {
-    unsigned short count, arrived;
-    unsigned phase;
-};
-
-inline Mbarrier &mbarrier(unsigned long long *address) { return *reinterpret_cast<Mbarrier *>(address); }
-
-}  // namespace emulator
-
-inline void mbarrier_init(unsigned long long *barrier, unsigned count) {
-    emulator::mbarrier(barrier) = {static_cast<unsigned short>(count), 0, 0};
-}
-
-inline void mbarrier_arrive(unsigned long long *barrier) {
-    emulator::Mbarrier &b = emulator::mbarrier(barrier);
-    if (++b.arrived == b.count) b.arrived = 0, b.phase++;
-}
-
-inline void mbarrier_wait(unsigned long long *barrier, unsigned parity) {
-    for (long turns = 0; (emulator::mbarrier(barrier).phase & 1) == parity; turns++) {
-        if (turns == 1000000) emulator::fail("an mbarrier whose phase never ends");
-        emulator::give_way();
-    }
-}
-
-// Lane 4 i + j holds row i, columns 2 j and 2 j + 1.
-inline unsigned transpose(unsigned x) {
-    const int row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;
-    unsigned turned = 0;
-    for (int e = 0; e < 2; e++) {
-        unsigned pair = __shfl_sync(emulator::WARP, x, 4 * (column + e) + row / 2);
-        turned |= (pair >> 16 * (row % 2) & 0xffffu) << 16 * e;
-    }
-    return turned;
-}
-
 inline int opaque(int x) { return x; }
 inline float opaque(float x) { return x; }
 inline unsigned long long opaque(unsigned long long x) { return x; }
 inline unsigned long long offset(unsigned long long address, int i, int stride) { return address + (long long)i * stride; }
 inline void rarely() {}
 
-inline float2 load_global(const float2 *address) { return *address; }
-inline float4 load_global(const float4 *address) { return *address; }
 inline void store_global(float4 *address, float4 v) { *address = v; }
 inline void store_global(uint2 *address, uint2 v) { *address = v; }
 template <typename T>
