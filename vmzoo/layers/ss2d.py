@@ -147,21 +147,23 @@ class SS2D(nn.Module):
         dt_weight: Tensor,
         dt_bias: Tensor,
     ) -> Tensor:
-        # x [B, L, D] -> [B, L, D], summed over routes; or [B, L, K, D], one map a route -> [B, L, K, D]
+        # x [B, L, D] -> [B, L, D], summed over routes; or [B, L, K, D], one map a route -> [B, L, K, D]. float32 for
+        # float16 input: the sum over routes overflows float16
+        out_dtype = torch.float32 if x.dtype == torch.float16 else None
         parameters = (A, D, dt_weight, dt_bias)
         if x.ndim == 4:
             if x.is_cuda:  # rows of a multiple of 16 bytes
                 x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
             x_dbl = grouped_linear(x, x_proj_weight)  # [B, L, K, >= R + 2N]
-            return route_scan(x, x_dbl, *parameters, routes, merge=False)
+            return route_scan(x, x_dbl, *parameters, routes, merge=False, out_dtype=out_dtype)
         if routes.parts is not None:
             return join_map(
                 SS2D._scan_pass(split_map(x, routes), routes.parts.routes, x_proj_weight, *parameters), routes
             )
         if x.is_cuda:
-            return projected_scan(x, x_proj_weight, *parameters, routes)
+            return projected_scan(x, x_proj_weight, *parameters, routes, out_dtype=out_dtype)
         x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
-        return route_scan(x, x_dbl, *parameters, routes)
+        return route_scan(x, x_dbl, *parameters, routes, out_dtype=out_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map [B, H, W, C] of any size into one of the same shape."""
