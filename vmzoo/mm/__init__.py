@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 
 import vmzoo  # noqa: F401  registers the models with timm
 
+from .backbone import VMZooBackbone
 from .classifier import ImagePreprocessor, VMZooClassifier
 from .datasets import DigitsDataset, ImageFolderDataset
 from .hooks import BestAndLastHook, EpochSeedHook, NonFiniteLossHook, ProgressHook
@@ -35,6 +36,7 @@ __all__ = [
     'NonFiniteLossHook',
     'ProgressHook',
     'TimmOptimWrapperConstructor',
+    'VMZooBackbone',
     'VMZooClassifier',
     'VMZooRunner',
 ]

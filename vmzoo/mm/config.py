@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import difflib
 import inspect
 import os
 from pathlib import Path
@@ -16,6 +15,7 @@ from timm.data import resolve_data_config
 import vmzoo
 
 from .datasets import class_folders
+from .names import check_model_name, suggestion
 
 
 def loaders(cfg: Config) -> list[ConfigDict]:
@@ -59,8 +59,7 @@ def parse_options(pairs: list[str], cfg: Config) -> dict:
             raise ValueError(f'--cfg-options takes key=value pairs, not {pair!r}')
         top = key.partition('.')[0]
         if top not in known:
-            close = difflib.get_close_matches(top, known, n=1)
-            hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(sorted(cfg))}'
+            hint = suggestion(top, known, f'there are {", ".join(sorted(cfg))}')
             raise ValueError(f'--cfg-options {pair}: the config has no {top}; {hint}')
         try:
             options[key] = ast.literal_eval(value)
@@ -104,10 +103,7 @@ def complete(cfg: Config) -> Config:
     model = cfg.model
     if not model.model_name:
         raise ValueError('name the model to train: --model NAME (vmzoo list shows the names)')
-    if not timm.is_model(model.model_name):
-        close = difflib.get_close_matches(model.model_name, timm.list_models(), n=3)
-        hint = f'; did you mean {" or ".join(close)}?' if close else '; vmzoo list shows the names'
-        raise ValueError(f'unknown model {model.model_name}{hint}')
+    check_model_name(model.model_name)
     pretrained_cfg = timm.get_pretrained_cfg(model.model_name)
     in_chans = model.setdefault('in_chans', 3)
     data = resolve_data_config(dict(in_chans=in_chans), pretrained_cfg.to_dict() if pretrained_cfg else {})

@@ -56,7 +56,7 @@ def build_model(
         def model_cls(**model_kwargs: Any) -> nn.Module:
             model = cls(**model_kwargs)
             model.pretrained_cfg = cfg
-            _load_published(model, cfg, cache_dir)
+            load_published(model, cfg, cache_dir)
             return model
 
     return build_model_with_cfg(
@@ -83,17 +83,36 @@ def _download_source(url: str) -> str | tuple[str, str]:
     return (_DRIVE_DOWNLOAD.format(page[1]), f'google_drive_{page[1]}') if page else url
 
 
-def _load_published(model: nn.Module, cfg: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> None:
+def load_published(
+    model: nn.Module,
+    cfg: dict[str, Any],
+    cache_dir: str | os.PathLike[str] | None = None,
+    load_file: Callable[[nn.Module, str], Any] | None = None,
+) -> None:
+    """Loads a local file or a download into a model.
+
+    Args:
+        model: The model.
+        cfg: Its `architecture`, and the `file`, or else the `url` that is downloaded if the cache does not have it.
+        cache_dir: Where downloads are kept, instead of torch.hub's folder.
+        load_file: Loads the file, if not `vmzoo.weights.load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The download fails, or the file is damaged.
+        CheckpointMismatch: Its weights are of another architecture.
+    """
     # Imported here: weights build on models, and most models are never loaded from a file.
     from vmzoo.weights import CheckpointError, CheckpointMismatch, load_checkpoint, verify
 
+    load_file = load_file or load_checkpoint
     url = None if cfg.get('file') else cfg['url']
 
     def load(model: nn.Module, path: str) -> None:
         try:
             if url:
                 verify(path, url)
-            load_checkpoint(model, path)
+            load_file(model, path)
         except CheckpointMismatch:
             raise
         except CheckpointError as error:

@@ -92,6 +92,9 @@ class HierarchicalBackbone(nn.Module):
         ValueError: Another `output_stride`, or a classifier without pooling.
     """
 
+    # Whether the published dense backbone has LayerNorms of its own, `outnorm{i}`, on its maps.
+    out_norms = False
+
     def __init__(
         self,
         patch_embed: nn.Module,

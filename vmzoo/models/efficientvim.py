@@ -22,7 +22,8 @@ __all__ = ['checkpoint_filter_fn', 'timm_cfgs']
 # The files hold both; the stated accuracies are those of the averaged weights.
 PREFERRED_WRAPPER = 'model_ema'
 
-_FUSION = ('weights', 'weights_dist')
+# What the classifier alone uses, but timm keeps when a model is pruned to its features.
+CLASSIFIER_PARAMETERS = ('weights', 'weights_dist')
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientViM) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientViM) -> 
     if model.num_classes == 0:
         target = model.state_dict()
         out = {k: v for k, v in out.items() if k in target or not re.match(r'norm\.|heads_dist\.|weights_dist$', k)}
-        out = {key: target[key] for key in _FUSION if key in target} | out
+        out = {key: target[key] for key in CLASSIFIER_PARAMETERS if key in target} | out
     return out
 
 

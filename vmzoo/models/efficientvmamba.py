@@ -113,6 +113,8 @@ class EfficientVMamba(HierarchicalBackbone):
         ValueError: An option outside its choices.
     """
 
+    out_norms = True
+
     def __init__(
         self,
         in_chans: int = 3,

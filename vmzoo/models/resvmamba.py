@@ -72,6 +72,8 @@ class ResVMamba(VMamba):
         ValueError: An option outside its choices.
     """
 
+    out_norms = True
+
     def __init__(self, residual: str = 'proj', device=None, dtype=None, **kwargs):
         if residual not in RESIDUALS:
             raise ValueError(f'Unknown residual {residual!r}; choose from {", ".join(RESIDUALS)}.')

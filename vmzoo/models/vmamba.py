@@ -90,6 +90,8 @@ class VMamba(HierarchicalBackbone):
         ValueError: An option outside its choices.
     """
 
+    out_norms = True
+
     def __init__(
         self,
         in_chans: int = 3,

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,16 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     return convert(state_dict, model)[0]
 
 
-def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
-    """Does what `convert_state_dict` does, and returns the report beside the weights."""
+def convert(
+    state_dict: Mapping[str, Any], model: nn.Module, optional: Collection[str] = ()
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Does what `convert_state_dict` does, and returns the report beside the weights.
+
+    Args:
+        state_dict: What `read_checkpoint` or `torch.load` returned.
+        model: The model that it is for.
+        optional: Keys of the model that the checkpoint may lack; those it lacks are not in the result.
+    """
     target = model.state_dict()
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     classifiers = _names(cfg.get('classifier'))
@@ -99,7 +107,8 @@ def convert(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, 
 
     head, dropped = _match_head(weights, target, classifiers)
     stem = _match_stem(weights, target, _names(cfg.get('first_conv')))
-    _check(weights, target, model)
+    wanted = {key: value for key, value in target.items() if key in weights or key not in optional}
+    _check(weights, wanted, model)
     report = LoadReport(source, head, stem, ignored + dropped)
     for message in filter(None, (head, stem)):
         _logger.warning('Checkpoint and model differ in %s', message)
