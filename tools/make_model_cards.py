@@ -20,6 +20,14 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'mambayolo': """
+The backbone of a YOLOv8-shaped detector whose blocks scan, with a classifier for pretraining. Its feature maps are P2
+to P5; the last is pooled over three windows. Pixels are RGB in [0, 1], without mean and standard deviation. Of a
+detector's checkpoint with the published names, the backbone loads into these models with `num_classes=0`.
+
+Stated for the detectors, on COCO val2017 at 640x640: 44.5 AP (tiny), 49.1 (base, in places called M) and 52.1 (large).
+The paper's 5.8 M and 19.1 M parameters for tiny and base belong to an earlier version: the published code has 6.1 M and
+21.8 M. The authors never released weights.""",
     'mobilemamba': """
 Three stages at strides 16, 32 and 64. Their token mixer scans some of its channels in both directions beside a
 convolution of their wavelet bands, convolves some, and leaves the rest. B1, B2 and B4 are one network at three image

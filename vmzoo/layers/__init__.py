@@ -6,6 +6,7 @@ from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
 from .mamba import MambaMixer, MambaMlpBlock, TokenPaths, VimBlock
 from .neighborhood_attention import check_attention_backend, na2d_av, na2d_qk
 from .norm import LayerNorm, RMSNorm
+from .odss import ConvBnAct, ODSSBlock
 from .patch import (
     ConvDownsample,
     ConvStem,
@@ -26,6 +27,7 @@ from .vss import VSSBlock
 __all__ = [
     'SS2D',
     'SSD2D',
+    'ConvBnAct',
     'ConvDownsample',
     'ConvStem',
     'DCNv4',
@@ -37,6 +39,7 @@ __all__ = [
     'MambaMlpBlock',
     'Mlp',
     'NormPoolHead',
+    'ODSSBlock',
     'PatchMerging',
     'PatchStem',
     'Permute',

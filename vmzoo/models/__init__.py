@@ -6,6 +6,7 @@ from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .lbmamba import LBVim, LBVimBackbone
+from .mambayolo import MambaYOLO
 from .mobilemamba import MobileMamba
 from .resvmamba import ResVMamba
 from .roma import RoMA, RoMADense
@@ -26,6 +27,7 @@ __all__ = [
     'LBVimBackbone',
     'MambaMlp',
     'MambaReg',
+    'MambaYOLO',
     'MobileMamba',
     'RSMamba',
     'ResVMamba',
