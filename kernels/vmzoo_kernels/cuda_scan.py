@@ -22,7 +22,7 @@ CHANNELS = 32  # of a warp
 _SOURCES = Path(__file__).parent / 'cuda'
 _TYPES = {torch.float16: 'half_t', torch.bfloat16: 'bfloat_t', torch.float32: 'float'}
 _MAX_COLUMNS = 128  # of dt, B and C
-_WARPS = 4  # of a block
+_MAX_WARPS = 4  # of a block
 _MIN_SEGMENT = 8 * TILE
 _SLOTS = 3
 
@@ -47,6 +47,7 @@ def why_not(
 
 
 class _Device(NamedTuple):
+    block_bytes: int  # shared memory that a block may have
     shared_bytes: int  # of a multiprocessor
     multiprocessors: int
 
@@ -54,16 +55,20 @@ class _Device(NamedTuple):
 @functools.cache
 def _device(device: torch.device) -> _Device:
     if device.type != 'cuda':  # the emulator
-        return _Device(233472, 4)
+        return _Device(232448, 233472, 4)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.shared_memory_per_multiprocessor, properties.multi_processor_count)
+    return _Device(
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
+        properties.multi_processor_count,
+    )
 
 
 class _Kernel(NamedTuple):
     """What the parameters of a scan say of a kernel."""
 
     warp_bytes: int  # shared memory of a warp
-    blocks: int  # of a multiprocessor, which bounds the registers of a thread
+    warps: int  # of a multiprocessor, which bounds the registers of a thread
 
 
 def _warp_bytes(rank: int, d_state: int, slot_tiles: int, others: int, turned: bool) -> int:
@@ -87,14 +92,14 @@ def _forward_kernel(rank: int, d_state: int, out_bytes: int) -> _Kernel:
     states = 0 if d_state == 1 else 2 * 4 * 32 * d_state
     exchange = CHANNELS * TILE * 4
     size = _warp_bytes(rank, d_state, 2, exchange + TILE * CHANNELS * out_bytes + states, False)
-    return _Kernel(size, 4)
+    return _Kernel(size, 16)
 
 
 def _backward_kernel(rank: int, d_state: int, dy_bytes: int) -> _Kernel:
     states = 0 if d_state == 1 else 3 * 4 * 32 * d_state
     products = max(CHANNELS * TILE * 4, 16 * (CHANNELS * (TILE // 8 + 1) + TILE * (CHANNELS // 4 + 1)))
     size = _warp_bytes(rank, d_state, 2 + dy_bytes, products + states, True)
-    return _Kernel(size, 2)
+    return _Kernel(size, 8)
 
 
 class _Plan(NamedTuple):
@@ -105,6 +110,7 @@ class _Plan(NamedTuple):
     segment_steps: int
     parts: int  # warps of the same channels and route
     grid: int  # blocks
+    warps: int  # of a block
     blocks: int  # of a multiprocessor
 
 
@@ -119,9 +125,11 @@ def _plan(device: torch.device, kernel: _Kernel, batch: int, others: int, steps:
         others: Blocks of channels, times routes.
         steps: Of a route.
     """
-    shared_bytes, multiprocessors = _device(device)
-    blocks = max(1, min(kernel.blocks, shared_bytes // (_WARPS * kernel.warp_bytes + 1024)))
-    capacity = _WARPS * blocks * multiprocessors
+    limits = _device(device)
+    block_warps = min(_MAX_WARPS, limits.block_bytes // kernel.warp_bytes)
+    by_memory = limits.shared_bytes // (block_warps * kernel.warp_bytes + 1024)
+    blocks = max(1, min(kernel.warps // block_warps, by_memory))
+    capacity = block_warps * blocks * limits.multiprocessors
     warps = batch * others
     # A pass that finds states costs more than half of the scan: worth it where most of the GPU would be idle.
     num_segments = 1
@@ -131,7 +139,7 @@ def _plan(device: torch.device, kernel: _Kernel, batch: int, others: int, steps:
     num_segments = -(-steps // segment_steps)
     items = max(1, -(-warps // capacity))
     parts = -(-batch // items) * num_segments
-    return _Plan(items, num_segments, segment_steps, parts, -(-parts * others // _WARPS), blocks)
+    return _Plan(items, num_segments, segment_steps, parts, -(-parts * others // block_warps), block_warps, blocks)
 
 
 def _parameter(v: Tensor | None) -> Tensor | None:
@@ -219,14 +227,14 @@ class _Scan:
         self.constants = (('IO', _TYPES[form.dtype]), ('RANK', form.rank), ('D_STATE', d_state))
         defines = (
             *self.constants,
-            ('WARPS', _WARPS),
+            ('WARPS', plan.warps),
             ('BLOCKS', plan.blocks),
             ('SAME_TABLE', int(form.same_table)),
             ('SEQUENCES', int(sequences > 1)),
             (flow[0], _TYPES[flow[1]]),
         )
         source = _SOURCES / f'{name}.cu'
-        self._shared_bytes = _WARPS * kernel.warp_bytes
+        self._shared_bytes = plan.warps * kernel.warp_bytes
         self._scan = load(source, (*defines, ('SUMMARY', 0)), name, form.device)
         x_b, x_l, x_k = _strides(form.x_shape, form.x_strides, 2)
         rows_b, rows_l, rows_k = form.rows_strides[0], 2 * form.rows_strides[1], form.rows_strides[2]
@@ -246,7 +254,7 @@ class _Scan:
             segment_deltas = x.new_empty((*shape, self.dim), dtype=torch.float32)
         addresses = map(_address, (x, rows, *parameters, *tables, segment_states, segment_deltas))
         params = self._pointers.pack(*addresses) + self._tail + rest
-        launch = ((plan.grid,), 32 * _WARPS, self._shared_bytes, params)
+        launch = ((plan.grid,), 32 * plan.warps, self._shared_bytes, params)
         if plan.num_segments > 1:
             self._summary.launch(*launch)
             addresses = (parameters[0].data_ptr(), segment_states.data_ptr(), segment_deltas.data_ptr())

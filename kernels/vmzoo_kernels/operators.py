@@ -13,14 +13,22 @@ _FLOWING = 4  # the first tensors of an operator flow through the model, the oth
 _LIBRARY = torch.library.Library('vmzoo', 'FRAGMENT')
 
 
-def own_grads(inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+def own_grads(
+    inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], apart: bool = False
+) -> list[Tensor]:
     """Gradients as an operator promises them: contiguous, in the dtypes of its inputs, sharing memory with no other
-    tensor; empty for inputs not given."""
-    return [inputs[0].new_empty(0) if v is None else _own(grad, v.dtype) for v, grad in zip(inputs, grads)]
+    tensor; empty for inputs not given.
+
+    Args:
+        inputs: Of the operator.
+        grads: Of the inputs.
+        apart: Whether none of those that are contiguous shares memory, which takes time to find out.
+    """
+    return [inputs[0].new_empty(0) if v is None else _own(grad, v.dtype, apart) for v, grad in zip(inputs, grads)]
 
 
-def _own(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    if grad.dtype == dtype and grad.is_contiguous() and grad.untyped_storage().nbytes() == grad.nbytes:
+def _own(grad: Tensor, dtype: torch.dtype, apart: bool) -> Tensor:
+    if grad.dtype == dtype and grad.is_contiguous() and (apart or grad.untyped_storage().nbytes() == grad.nbytes):
         return grad
     return grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -38,6 +46,34 @@ def _autocast_tensors(tensors: tuple[Tensor | None, ...], device_type: str) -> l
     dtype = torch.get_autocast_dtype(device_type)
     wanted = [dtype] * _FLOWING + [torch.float32] * (len(tensors) - _FLOWING)
     return [v if v is None or v.dtype == torch.float64 else v.to(to) for v, to in zip(tensors, wanted)]
+
+
+def register(
+    name: str, function: Callable, fake: Callable, gradients: Callable | None = None, setup_context: Callable | None = None
+) -> None:
+    """Make ``vmzoo::name`` of a function whose results share no memory with its arguments.
+
+    As ``torch.library.custom_op`` does, but for the look at the memory of all tensors at each call, which takes the host
+    longer than several launches.
+
+    Args:
+        name: Of the operator.
+        function: Its computation on any device, with annotations.
+        fake: Its results without values.
+        gradients: Of (ctx, gradients of the results); None if it has none.
+        setup_context: Saves what ``gradients`` needs.
+    """
+    qualified = f'vmzoo::{name}'
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, function, 'CompositeExplicitAutograd')
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if gradients is None:
+
+        def gradients(ctx, *unused):
+            raise RuntimeError(f'{qualified} has no autograd formula: the selective scan has no second derivative')
+
+    torch.library.register_autograd(qualified, gradients, setup_context=setup_context, lib=_LIBRARY)
 
 
 def register_autocast(name: str, num_tensors: int) -> None:

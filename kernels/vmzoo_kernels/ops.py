@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import chunked, cuda_scan, cuda_sequence, sequence
 from .backends import resolve_backend
 from .common import STATE_INTERVAL, ScanInputs, compute_dtype, state_interval
-from .operators import direct_call, empty_grads, own_grads, register_autocast
+from .operators import direct_call, empty_grads, own_grads, register, register_autocast
 from .routes import Routes, get_routes
 
 
@@ -75,11 +75,7 @@ def _forward(
     return out, last, states
 
 
-_scan = torch.library.custom_op('vmzoo::scan', _forward, mutates_args=())
-
-
-@_scan.register_fake
-def _(
+def _fake(
     x,
     dt,
     B,
@@ -133,14 +129,10 @@ def _backward(
         dx, d_dt, d_B, d_C, *others = grads
         beyond = [d_dt.new_zeros(()).expand(*dt.shape[:3], dt.shape[3] - d_dt.shape[3] - 2 * d_B.shape[3])]
         grads = (dx, torch.cat((d_dt, d_B, d_C, *beyond), dim=-1), None, None, *others)
-    return own_grads(inputs[:8], grads)
+    return own_grads(inputs[:8], grads, apart=backend == 'cuda')
 
 
-_scan_backward = torch.library.custom_op('vmzoo::scan_backward', _backward, mutates_args=())
-
-
-@_scan_backward.register_fake
-def _(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, backend):
+def _fake_backward(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, backend):
     return empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 
@@ -165,9 +157,8 @@ def _autograd(ctx, dy, *unused):
     return _gradients(ctx, dy, torch.ops.vmzoo.scan_backward)
 
 
-_scan.register_autograd(_autograd, setup_context=_setup_context)
-
-
+register('scan', _forward, _fake, _autograd, _setup_context)
+register('scan_backward', _backward, _fake_backward)
 register_autocast('scan', 8)
 _call = direct_call('scan', _forward, _setup_context, _gradients, _backward)
 

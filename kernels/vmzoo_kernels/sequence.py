@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_sequence
-from .operators import direct_call, empty_grads, own_grads, register_autocast
+from .operators import direct_call, empty_grads, own_grads, register, register_autocast
 
 
 def _empty_outputs(u: Tensor, A: Tensor, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of u, delta, B, C, A, D and delta_bias; empty for those not given."""
     inputs = (u, delta, B, C, A, D, delta_bias)
-    return own_grads(inputs, cuda_sequence.backward(dy, inputs, states, softplus))
+    return own_grads(inputs, cuda_sequence.backward(dy, inputs, states, softplus), apart=True)
 
 
 def _setup_context(ctx, inputs, output):
@@ -74,21 +74,16 @@ def _autograd(ctx, dy, *unused):
     return _gradients(ctx, dy, torch.ops.vmzoo.sequence_scan_backward)
 
 
-_scan = torch.library.custom_op('vmzoo::sequence_scan', _forward, mutates_args=())
-_scan_backward = torch.library.custom_op('vmzoo::sequence_scan_backward', _backward, mutates_args=())
-
-
-@_scan.register_fake
-def _(u, delta, B, C, A, D, delta_bias, softplus, save_states):
+def _fake(u, delta, B, C, A, D, delta_bias, softplus, save_states):
     return _empty_outputs(u, A, save_states)
 
 
-@_scan_backward.register_fake
-def _(dy, u, delta, B, C, A, D, delta_bias, states, softplus):
+def _fake_backward(dy, u, delta, B, C, A, D, delta_bias, states, softplus):
     return empty_grads((u, delta, B, C, A, D, delta_bias))
 
 
-_scan.register_autograd(_autograd, setup_context=_setup_context)
+register('sequence_scan', _forward, _fake, _autograd, _setup_context)
+register('sequence_scan_backward', _backward, _fake_backward)
 register_autocast('sequence_scan', 7)
 
 scan = direct_call('sequence_scan', _forward, _setup_context, _gradients, _backward)

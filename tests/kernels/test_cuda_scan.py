@@ -120,7 +120,7 @@ def test_emulated_forms_of_input_and_output(emulator, dtype, merge, per_route, o
 @emulated.needs_compiler
 @pytest.mark.parametrize('d_state, routes', [(1, 'cross'), (1, 'unidi'), (2, 'bidi'), (1, 'cascade_rows')])
 def test_emulated_segments_of_long_maps(emulator, monkeypatch, d_state, routes):
-    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(233472, 2))
+    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(232448, 233472, 2))
     inputs = make((31, 29), 16, d_state, 6, routes)
     check(inputs)
     assert cuda_scan._plan.cache_info().currsize == 2  # forward and backward
@@ -130,7 +130,7 @@ def test_emulated_segments_of_long_maps(emulator, monkeypatch, d_state, routes):
 
 @emulated.needs_compiler
 def test_emulated_batch_items_that_share_a_warp(emulator, monkeypatch):
-    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(233472, 1))
+    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(232448, 233472, 1))
     inputs = make((5, 7), 32, 1, 6, 'cross', batch=51)
     assert cuda_scan._plan(inputs.x.device, cuda_scan._backward_kernel(6, 1, 4), 51, 4, 35).items > 1
     check(inputs)
@@ -183,12 +183,34 @@ def test_kernels_compile(monkeypatch, arch, rank, d_state):
         return Compiled()
 
     monkeypatch.setattr(cuda_scan, 'load', load)
-    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(233472, 8))
+    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(232448, 233472, 8))
     forget_plans()
     inputs = make((31, 29), 16, d_state, rank, 'cross')
     run(cuda_scan, inputs, torch.randn(1, 899, 16), torch.float32)
     forget_plans()
     assert set(compiled) == {'scan_forward', 'scan_backward', 'scan_carry', 'scan_sums'}
+
+
+@pytest.mark.parametrize('rank, d_state', [(1, 1), (126, 1), (96, 16), (1, 63)])
+def test_shared_memory_fits_every_gpu(monkeypatch, rank, d_state):
+    """Of those whose blocks may have least shared memory; 63 states in blocks of fewer warps."""
+    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(101376, 102400, 84))
+    forget_plans()
+    for kernel in (cuda_scan._forward_kernel(rank, d_state, 4), cuda_scan._backward_kernel(rank, d_state, 4)):
+        plan = cuda_scan._plan(torch.device('cpu'), kernel, 2, 12, 64)
+        assert 1 <= plan.warps <= 4
+        assert plan.warps * kernel.warp_bytes <= 101376
+    forget_plans()
+
+
+@emulated.needs_compiler
+def test_blocks_of_fewer_warps(emulator, monkeypatch):
+    monkeypatch.setattr(cuda_scan, '_device', lambda device: cuda_scan._Device(50000, 102400, 2))
+    inputs = make((5, 7), 40, 16, 6, 'cross', torch.bfloat16, batch=2)
+    check(inputs)
+    kernels = cuda_scan._forward_kernel(6, 16, 4), cuda_scan._backward_kernel(6, 16, 4)
+    warps = [cuda_scan._plan(inputs.x.device, kernel, 2, 8, 35).warps for kernel in kernels]
+    assert max(warps) < 4
 
 
 def test_what_the_kernels_do_not_take_is_named():
