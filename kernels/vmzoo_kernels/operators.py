@@ -13,9 +13,7 @@ _FLOWING = 4  # the first tensors of an operator flow through the model, the oth
 _LIBRARY = torch.library.Library('vmzoo', 'FRAGMENT')
 
 
-def own_grads(
-    inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], apart: bool = False
-) -> list[Tensor]:
+def own_grads(inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], apart: bool = False) -> list[Tensor]:
     """Gradients as an operator promises them: contiguous, in the dtypes of its inputs, sharing memory with no other
     tensor; empty for inputs not given.
 
@@ -49,7 +47,11 @@ def _autocast_tensors(tensors: tuple[Tensor | None, ...], device_type: str) -> l
 
 
 def register(
-    name: str, function: Callable, fake: Callable, gradients: Callable | None = None, setup_context: Callable | None = None
+    name: str,
+    function: Callable,
+    fake: Callable,
+    gradients: Callable | None = None,
+    setup_context: Callable | None = None,
 ) -> None:
     """Make ``vmzoo::name`` of a function whose results share no memory with its arguments.
 

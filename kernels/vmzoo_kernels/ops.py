@@ -132,7 +132,9 @@ def _backward(
     return own_grads(inputs[:8], grads, apart=backend == 'cuda')
 
 
-def _fake_backward(dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, backend):
+def _fake_backward(
+    dy, x, dt, B, C, A, D, dt_weight, dt_bias, states, gather, merge, complete, softplus, segment, backend
+):
     return empty_grads((x, dt, B, C, A, D, dt_weight, dt_bias))
 
 

@@ -147,9 +147,54 @@ def _plan(channels: int) -> _Plan:
     return _Plan(block_c, num_warps, forward_rows, backward_rows, stages=3 if block_c <= 2048 else 1)
 
 
+class _Launcher:
+    """A kernel that is called by what decides its compiled form.
+
+    Triton finds that out from all arguments of every call, which takes longer than the launch itself.
+    """
+
+    def __init__(self, kernel: triton.JITFunction):
+        self._kernel = kernel
+        self._compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+    def __call__(
+        self, key: tuple, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, num_warps: int
+    ) -> None:
+        """Launch on the device and the current stream of the first tensor.
+
+        Args:
+            key: dtypes of the tensors, and all ``numbers`` that are constants of the kernel.
+            programs: Of the grid.
+            tensors: First arguments of the kernel, on one device.
+            numbers: The others.
+            num_warps: Of a program.
+        """
+        device = tensors[0].device
+        grid = (programs, 1, 1)
+        if device.type == 'cuda' and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(key, programs, tensors, numbers, num_warps)
+        addresses = [v.data_ptr() for v in tensors if v is not None]
+        if interpreted() or any(address % 16 for address in addresses):
+            self._kernel[grid](*tensors, *numbers, num_warps=num_warps)
+            return
+        compiled = self._compiled.get((key, device))
+        if compiled is None:
+            self._compiled[key, device] = self._kernel[grid](*tensors, *numbers, num_warps=num_warps)
+        else:
+            compiled[grid](*tensors, *numbers, stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+
+_run_forward, _run_backward = _Launcher(_forward_kernel), _Launcher(_backward_kernel)
+
+
 @functools.cache
 def _num_processors(device: torch.device) -> int:
     return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if v is None else v.dtype for v in tensors)
 
 
 def forward(
@@ -167,21 +212,10 @@ def forward(
     plan = _plan(channels)
     y = torch.empty_like(x, dtype=out_dtype)
     stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if save_stats else None
-    with torch.cuda.device_of(x):  # nothing for CPU tensors
-        _forward_kernel[(-(-rows // plan.forward_rows),)](
-            x,
-            weight,
-            bias,
-            y,
-            stats,
-            rows,
-            eps,
-            C=channels,
-            CENTER=center,
-            BLOCK_M=plan.forward_rows,
-            BLOCK_C=plan.block_c,
-            num_warps=plan.num_warps,
-        )
+    tensors = (x, weight, bias, y, stats)
+    key = (_dtypes(tensors), channels, center, rows < 2**31)
+    numbers = (rows, eps, channels, center, plan.forward_rows, plan.block_c)
+    _run_forward(key, -(-rows // plan.forward_rows), tensors, numbers, plan.num_warps)
     return y, stats
 
 
@@ -195,23 +229,10 @@ def backward(
     programs = min(-(-rows // plan.backward_rows), _num_processors(x.device) * _PROCESSOR_WARPS // plan.num_warps)
     dx = torch.empty_like(x)
     sums = torch.empty(num_sums, programs, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            dy,
-            x,
-            weight,
-            stats,
-            dx,
-            sums,
-            rows,
-            C=channels,
-            CENTER=center,
-            NUM_SUMS=num_sums,
-            BLOCK_M=plan.backward_rows,
-            BLOCK_C=plan.block_c,
-            # loads and stores of two dtypes in one layout: tiles in two would not fit the registers
-            VEC=16 // max(x.itemsize, dy.itemsize),
-            STAGES=plan.stages,
-            num_warps=plan.num_warps,
-        )
+    tensors = (dy, x, weight, stats, dx, sums)
+    # loads and stores of two dtypes in one layout: tiles in two would not fit the registers
+    vector = 16 // max(x.itemsize, dy.itemsize)
+    key = (_dtypes(tensors), channels, center, num_sums, rows < 2**31)
+    numbers = (rows, channels, center, num_sums, plan.backward_rows, plan.block_c, vector, plan.stages)
+    _run_backward(key, programs, tensors, numbers, plan.num_warps)
     return dx, sums.sum(1)
