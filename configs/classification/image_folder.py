@@ -54,7 +54,7 @@ test_dataloader = dict(
 )
 
 optim_wrapper = dict(
-    constructor='TimmOptimWrapperConstructor',
+    constructor='VMZooOptimWrapperConstructor',
     optimizer=dict(type='adamw', lr=2e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )

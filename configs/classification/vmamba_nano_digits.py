@@ -38,7 +38,7 @@ custom_hooks = [
     dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.002, gamma=10),
 ]
 optim_wrapper = dict(
-    constructor='TimmOptimWrapperConstructor',
+    constructor='VMZooOptimWrapperConstructor',
     optimizer=dict(type='adamw', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
-from vmzoo.mm import ClassificationMetric, DigitsDataset, ImagePreprocessor, TimmOptimWrapperConstructor
+from vmzoo.mm import ClassificationMetric, DigitsDataset, ImagePreprocessor
 from vmzoo.mm.config import complete, config_folder, find_config, loaders, parse_options, set_epochs
 from vmzoo.mm.datasets import collate_readable
 
@@ -84,34 +84,6 @@ def test_preprocessor_normalises_mixes_and_keeps_odd_batches_even():
     assert mixed['inputs'].shape == (4, 3, 8, 8)
     torch.testing.assert_close(mixed['targets'].sum(1), torch.ones(4))
     assert mixing(data, training=False)['targets'].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_scan_parameters_are_not_decayed_and_layers_are():
-    model = MODELS.build(
-        dict(
-            type='VMZooClassifier',
-            model_name='vmamba_nano',
-            num_classes=3,
-            data_preprocessor=dict(type='ImagePreprocessor', mean=(0.5,) * 3, std=(0.5,) * 3),
-        )
-    )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    build = TimmOptimWrapperConstructor(dict(optimizer=dict(type='adamw', lr=1.0, weight_decay=0.1)))
-    groups = build(model).optimizer.param_groups
-    decayed = {names[id(p)] for group in groups if group['weight_decay'] for p in group['params']}
-    kept = {names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']}
-    assert decayed | kept == set(names.values())
-    assert any('in_proj' in name for name in decayed)
-    scan = [name for name in names.values() if name.endswith(('A_logs', 'Ds', 'dt_projs_bias'))]
-    assert scan and kept.issuperset(scan)
-
-    build = TimmOptimWrapperConstructor(
-        dict(optimizer=dict(type='adamw', lr=1.0, weight_decay=0.1)), dict(layer_decay=0.5)
-    )
-    rates = {names[id(p)]: group['lr'] for group in build(model).optimizer.param_groups for p in group['params']}
-    head = next(rate for name, rate in rates.items() if 'head.fc' in name or 'classifier.head' in name)
-    assert head == 1.0
-    assert min(rates.values()) == rates['backbone.patch_embed.0.weight'] < head
 
 
 def test_metric_counts():

@@ -1,28 +1,24 @@
 """Training on mmengine: everything in vmzoo that imports an mm library lives in this package.
 
-Importing it registers the classes below in mmengine's root registries, so that a config needs only
-``custom_imports = dict(imports=['vmzoo.mm'])``. Classification needs mmengine alone, never mmcv.
+Importing it registers the classes below in mmengine's root registries, where mmseg, mmdet and mmpretrain find them, so
+that a config needs only ``custom_imports = dict(imports=['vmzoo.mm'])``; and configs may build on others by
+``_base_ = 'mmseg::...'`` (see `inheritance`). Nothing here needs mmcv or one of those libraries to be imported.
 """
 
-try:  # some of these are needed only later, which is late to say so
-    import cv2  # noqa: F401
-    import matplotlib  # noqa: F401
-    import mmengine  # noqa: F401
-    import sklearn  # noqa: F401
-    import tensorboard  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f'training needs {error.name}, which is not installed; run: pip install "vmzoo[train]"'
-    ) from error
+from .environment import check_training
+
+check_training()
 
 import vmzoo  # noqa: F401  registers the models with timm
 
 from .backbone import VMZooBackbone
 from .classifier import ImagePreprocessor, VMZooClassifier
 from .datasets import DigitsDataset, ImageFolderDataset
+from .environment import require
 from .hooks import BestAndLastHook, EpochSeedHook, NonFiniteLossHook, ProgressHook
+from .inheritance import config_folder
 from .metrics import ClassificationMetric
-from .optim import AutocastOptimWrapper, TimmOptimWrapperConstructor
+from .optim import AutocastOptimWrapper, VMZooOptimWrapperConstructor
 from .runner import VMZooRunner
 
 __all__ = [
@@ -35,8 +31,10 @@ __all__ = [
     'ImagePreprocessor',
     'NonFiniteLossHook',
     'ProgressHook',
-    'TimmOptimWrapperConstructor',
     'VMZooBackbone',
     'VMZooClassifier',
+    'VMZooOptimWrapperConstructor',
     'VMZooRunner',
+    'config_folder',
+    'require',
 ]

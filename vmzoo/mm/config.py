@@ -12,9 +12,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from timm.data import resolve_data_config
 
-import vmzoo
-
 from .datasets import class_folders
+from .inheritance import config_folder
 from .names import check_model_name, suggestion
 
 
@@ -22,13 +21,6 @@ def loaders(cfg: Config) -> list[ConfigDict]:
     """The data loaders of a config; not every config has a test set."""
     names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return [cfg[name] for name in names if cfg.get(name)]
-
-
-def config_folder() -> Path:
-    """The folder of the shipped configs: inside an installed package, beside `vmzoo/` in a checkout."""
-    package = Path(vmzoo.__file__).parent
-    installed = package / '.mim' / 'configs'
-    return installed if installed.is_dir() else package.parent / 'configs'
 
 
 def find_config(name: str) -> Path:
