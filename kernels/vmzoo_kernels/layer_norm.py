@@ -129,8 +129,5 @@ class _FusedNorm(torch.autograd.Function):
             wanted = [v for v, need in zip((x, weight, bias), needed) if need]
             grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(grads) if need else None for need in needed), *nothing
-        num_sums = 2 if needed[2] else int(needed[1])
-        dx, sums = triton_layer_norm.backward(dy.contiguous(), x, weight, stats, center, num_sums)
-        dweight = sums[0].to(weight.dtype) if needed[1] else None
-        dbias = sums[1].to(bias.dtype) if needed[2] else None
-        return dx, dweight, dbias, *nothing
+        dtypes = (v.dtype if need else None for v, need in zip((weight, bias), needed[1:]))
+        return *triton_layer_norm.backward(dy.contiguous(), x, weight, stats, center, *dtypes), *nothing

@@ -55,8 +55,8 @@ def register(
 ) -> None:
     """Make ``vmzoo::name`` of a function whose results share no memory with its arguments.
 
-    As ``torch.library.custom_op`` does, but for the look at the memory of all tensors at each call, which takes the host
-    longer than several launches.
+    As ``torch.library.custom_op`` does, but for the look at the memory of all tensors at each call, which takes the
+    host longer than several launches.
 
     Args:
         name: Of the operator.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import cuda_scan
 from .backends import resolve_backend
-from .common import ScanInputs, runs_plainly
+from .common import ScanInputs, compute_dtype, runs_plainly
 from .ops import empty_outputs, flowing_dtype, needs_grad, route_scan
 from .routes import Routes
 
@@ -16,7 +16,8 @@ class _Projected(torch.autograd.Function):
     map, and the gradient of the projection is added to that of the scan in the product itself."""
 
     @staticmethod
-    def forward(ctx, x, x_proj, A, D, dt_weight, dt_bias, routes, out_dtype, save_states):
+    def forward(ctx, x, x_proj, A_log, D, dt_weight, dt_bias, routes, out_dtype, save_states):
+        A = torch.exp(A_log.float()).neg_()
         batch, length, dim = x.shape
         num_routes, columns, _ = x_proj.shape
         padded = -(-columns // 8) * 8  # rows of a multiple of 16 bytes
@@ -50,6 +51,7 @@ class _Projected(torch.autograd.Function):
         inputs = ScanInputs(x, rows, None, None, A, D, dt_weight, dt_bias, *_options(ctx.routes))
         dx, d_rows, _, _, d_A, d_D, d_weight, d_bias = cuda_scan.backward(dy, inputs, states)
         flat, d_rows = x.reshape(-1, x.shape[2]), d_rows.view(-1, weight.shape[0])
+        d_A *= A
         if ctx.needs_input_grad[0]:
             dx.view(flat.shape).addmm_(d_rows, weight)
         d_proj = None
@@ -80,7 +82,7 @@ def _options(routes: Routes) -> tuple:
 def projected_scan(
     x: Tensor,
     x_proj: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
@@ -88,13 +90,14 @@ def projected_scan(
     out_dtype: torch.dtype | None = None,
     backend: str = 'auto',
 ) -> Tensor:
-    """:func:`route_scan` of ``x`` with ``x_dbl = x @ x_proj.T``, summed over routes.
+    """:func:`route_scan` of ``x`` with ``x_dbl = x @ x_proj.T`` and ``A = -exp(A_log)``, summed over routes.
 
     Args:
         x: [B, L, D], the map flattened row-major.
         x_proj: [K, R + 2N, D], projection to low-rank step size (R), B (N) and C (N) of each route. Under autocast it
             takes the autocast dtype, as ``x`` does.
-        A, D, dt_weight, dt_bias, routes, out_dtype, backend: As :func:`route_scan` takes them.
+        A_log: [K, D, N].
+        D, dt_weight, dt_bias, routes, out_dtype, backend: As :func:`route_scan` takes them.
 
     Returns:
         [B, L, D].
@@ -104,10 +107,10 @@ def projected_scan(
         TypeError: Complex or integer tensors.
         RuntimeError: A backend asked for by name that cannot run here, or forward-mode differentiation.
     """
-    tensors = (x, x_proj, A, D, dt_weight, dt_bias)
+    tensors = (x, x_proj, A_log, D, dt_weight, dt_bias)
     if _fits(*tensors, routes) and runs_plainly(*tensors):
         dtype = flowing_dtype(x)
-        rank, d_state = dt_weight.shape[2], A.shape[2]
+        rank, d_state = dt_weight.shape[2], A_log.shape[2]
         unfit = cuda_scan.why_not(dtype, out_dtype or dtype, x.shape[2], d_state, rank, routes.complete)
         if resolve_backend(backend, x.device, x.dtype, unfit) == 'cuda':
             x = x if x.dtype == dtype else x.to(dtype)
@@ -116,14 +119,15 @@ def projected_scan(
     if x.is_cuda:
         x_proj = F.pad(x_proj, (0, 0, 0, -columns % 8))
     x_dbl = F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
+    A = -torch.exp(A_log.to(compute_dtype(A_log.dtype)))
     return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, out_dtype=out_dtype, backend=backend)
 
 
-def _fits(x, x_proj, A, D, dt_weight, dt_bias, routes) -> bool:
+def _fits(x, x_proj, A_log, D, dt_weight, dt_bias, routes) -> bool:
     """Whether shapes are as they should be; if not, :func:`route_scan` says what is wrong."""
-    if x.ndim != 3 or A.ndim != 3 or dt_weight.ndim != 3 or x.numel() == 0 or routes.gather.device != x.device:
+    if x.ndim != 3 or A_log.ndim != 3 or dt_weight.ndim != 3 or x.numel() == 0 or routes.gather.device != x.device:
         return False
-    num_routes, dim, d_state = A.shape
+    num_routes, dim, d_state = A_log.shape
     rank = dt_weight.shape[2]
     return (
         x.shape[1:] == (routes.num_positions, dim)

@@ -1,8 +1,8 @@
 """The Triton kernels of :mod:`vmzoo_kernels.layer_norm`: every byte moves once, whatever the dtypes.
 
 A program takes whole rows, so the statistics need one read. The backward pass keeps as many programs as fill the GPU;
-each walks over the rows and writes one partial sum of the parameters' gradients, and torch adds those up: there are no
-atomics, so results are reproducible.
+each walks over the rows and writes one partial sum of the parameters' gradients, and a second kernel adds those up:
+there are no atomics, so results are reproducible.
 
 Names as in :mod:`vmzoo_kernels.triton_scan`; tiles are [M, C].
 """
@@ -124,6 +124,32 @@ def _backward_kernel(
         tl.store(p_sums + tl.num_programs(0) * C, tl.sum(b_dbias, axis=0), mask=o_c < C)
 
 
+@triton.jit(do_not_specialize=['programs'])
+def _sum_kernel(
+    sums,
+    dweight,
+    dbias,
+    programs,
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dweight, and dbias if there are two sums, of BLOCK_C channels, from the partial sums of `_backward_kernel`."""
+    i_sum = tl.program_id(1)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_p = tl.arange(0, BLOCK_P)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for i_p in range(0, programs, BLOCK_P):
+        b_in = (i_p + o_p < programs)[:, None] & (o_c < C)[None, :]
+        b_sum += tl.load(sums + (i_sum * programs + i_p + o_p[:, None]) * C + o_c[None, :], mask=b_in, other=0.0)
+    b_total = tl.sum(b_sum, axis=0)
+    if i_sum == 0:
+        tl.store(dweight + o_c, b_total.to(dweight.dtype.element_ty), mask=o_c < C)
+    elif NUM_SUMS > 1:
+        tl.store(dbias + o_c, b_total.to(dbias.dtype.element_ty), mask=o_c < C)
+
+
 class _Plan(NamedTuple):
     """Tiles of the two passes; any gives the same result up to the order of sums."""
 
@@ -158,22 +184,21 @@ class _Launcher:
         self._compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
     def __call__(
-        self, key: tuple, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, num_warps: int
+        self, key: tuple, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple, num_warps: int
     ) -> None:
         """Launch on the device and the current stream of the first tensor.
 
         Args:
             key: dtypes of the tensors, and all ``numbers`` that are constants of the kernel.
-            programs: Of the grid.
+            grid: Programs along three axes.
             tensors: First arguments of the kernel, on one device.
             numbers: The others.
             num_warps: Of a program.
         """
         device = tensors[0].device
-        grid = (programs, 1, 1)
         if device.type == 'cuda' and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(key, programs, tensors, numbers, num_warps)
+                return self(key, grid, tensors, numbers, num_warps)
         addresses = [v.data_ptr() for v in tensors if v is not None]
         if interpreted() or any(address % 16 for address in addresses):
             self._kernel[grid](*tensors, *numbers, num_warps=num_warps)
@@ -185,7 +210,9 @@ class _Launcher:
             compiled[grid](*tensors, *numbers, stream=torch._C._cuda_getCurrentRawStream(device.index))
 
 
-_run_forward, _run_backward = _Launcher(_forward_kernel), _Launcher(_backward_kernel)
+_run_forward, _run_backward, _run_sum = map(_Launcher, (_forward_kernel, _backward_kernel, _sum_kernel))
+
+_SUM_ROWS, _SUM_CHANNELS = 64, 32
 
 
 @functools.cache
@@ -215,24 +242,40 @@ def forward(
     tensors = (x, weight, bias, y, stats)
     key = (_dtypes(tensors), channels, center, rows < 2**31)
     numbers = (rows, eps, channels, center, plan.forward_rows, plan.block_c)
-    _run_forward(key, -(-rows // plan.forward_rows), tensors, numbers, plan.num_warps)
+    _run_forward(key, (-(-rows // plan.forward_rows), 1, 1), tensors, numbers, plan.num_warps)
     return y, stats
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, center: bool, num_sums: int
-) -> tuple[Tensor, Tensor]:
-    """dx, and in float32 the first ``num_sums`` of dweight and dbias [num_sums, C]. dy and x are contiguous."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    center: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, and dweight [C] and dbias [C] in the dtypes given; of those without one, none. dy and x are contiguous."""
     channels = x.shape[-1]
     rows = x.numel() // channels
     plan = _plan(channels)
     programs = min(-(-rows // plan.backward_rows), _num_processors(x.device) * _PROCESSOR_WARPS // plan.num_warps)
     dx = torch.empty_like(x)
+    num_sums = 2 if dbias_dtype else 1 if dweight_dtype else 0
     sums = torch.empty(num_sums, programs, channels, dtype=torch.float32, device=x.device)
     tensors = (dy, x, weight, stats, dx, sums)
     # loads and stores of two dtypes in one layout: tiles in two would not fit the registers
     vector = 16 // max(x.itemsize, dy.itemsize)
     key = (_dtypes(tensors), channels, center, num_sums, rows < 2**31)
     numbers = (rows, channels, center, num_sums, plan.backward_rows, plan.block_c, vector, plan.stages)
-    _run_backward(key, programs, tensors, numbers, plan.num_warps)
-    return dx, sums.sum(1)
+    _run_backward(key, (programs, 1, 1), tensors, numbers, plan.num_warps)
+    if not num_sums:
+        return dx, None, None
+    # the kernel of two sums writes both, whether or not both are wanted
+    dweight = torch.empty(channels, dtype=dweight_dtype or torch.float32, device=x.device)
+    dbias = torch.empty(channels, dtype=dbias_dtype, device=x.device) if dbias_dtype else None
+    tensors = (sums, dweight, dbias)
+    key = (_dtypes(tensors), channels, num_sums)
+    numbers = (programs, channels, num_sums, _SUM_ROWS, _SUM_CHANNELS)
+    _run_sum(key, (-(-channels // _SUM_CHANNELS), num_sums, 1), tensors, numbers, 4)
+    return dx, dweight if dweight_dtype else None, dbias

@@ -19,8 +19,8 @@ def compile_kernel(kernel, target: GPUTarget, num_warps: int, arguments: dict) -
     """Compile one kernel down to machine code; strings are pointers' dtypes, other values constants."""
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in ('rows', 'eps'):
-            signature[name] = {'rows': 'i32', 'eps': 'fp32'}[name]
+        if name in ('rows', 'programs', 'eps'):
+            signature[name] = 'fp32' if name == 'eps' else 'i32'
         elif isinstance(arguments[name], str):
             signature[name], aligned[(i,)] = f'*{arguments[name]}', [['tt.divisibility', 16]]
         else:
@@ -46,6 +46,10 @@ def main(backend: str, arch: str) -> None:
             code = compile_kernel(kernel, target, plan.num_warps, common | arguments).get('ptx', '')
             sys.stdout.write(f'{backend} {arch}: {x} {channels} {kernel.__name__}')
             sys.stdout.write(f' wide loads: {"ld.global.v4" in code}, copies ahead: {"cp.async" in code}\n')
+        if center:
+            sums = {'sums': 'fp32', 'dweight': weight, 'dbias': weight, 'C': channels, 'NUM_SUMS': 2}
+            sums |= {'BLOCK_P': triton_layer_norm._SUM_ROWS, 'BLOCK_C': triton_layer_norm._SUM_CHANNELS}
+            compile_kernel(triton_layer_norm._sum_kernel, target, 4, sums)
 
 
 if __name__ == '__main__':

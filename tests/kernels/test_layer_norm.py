@@ -200,7 +200,7 @@ def test_another_number_of_rows_compiles_nothing(device):
     from vmzoo_kernels import triton_layer_norm
 
     def variants():
-        kernels = (triton_layer_norm._forward_kernel, triton_layer_norm._backward_kernel)
+        kernels = (getattr(triton_layer_norm, f'_{name}_kernel') for name in ('forward', 'backward', 'sum'))
         return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
 
     counts = []

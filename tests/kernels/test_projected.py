@@ -14,6 +14,7 @@ def case(rank=6, dim=40, dtype=torch.float64, size=(5, 9), d_state=1, proj_dtype
     x_proj = torch.randn(4, rank + 2 * d_state, dim, dtype=torch.float64) * dim**-0.5
     wide = torch.promote_types(dtype, torch.float32)
     tensors = [inputs.x.to(dtype), x_proj.to(proj_dtype or dtype), *(v.to(wide) for v in inputs[4:8])]
+    tensors[2] = torch.log(-tensors[2])
     return [v.requires_grad_() for v in tensors], get_routes('cross', *size)
 
 
@@ -22,9 +23,9 @@ def gradients(function, tensors, routes, dy):
     return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
 
 
-def unfused(x, x_proj, A, D, dt_weight, dt_bias, routes):
+def unfused(x, x_proj, A_log, D, dt_weight, dt_bias, routes):
     x_dbl = F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
-    return route_scan(x, x_dbl, A, D, dt_weight, dt_bias, routes, backend='torch')
+    return route_scan(x, x_dbl, -torch.exp(A_log), D, dt_weight, dt_bias, routes, backend='torch')
 
 
 def test_on_a_cpu_it_is_route_scan():

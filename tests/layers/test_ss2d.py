@@ -21,7 +21,8 @@ def reference(layer: SS2D, x: torch.Tensor) -> torch.Tensor:
     """The layer with the definition of the scan, every route projecting the whole map."""
     u = layer.act(layer.conv2d(layer.in_proj(x).permute(0, 3, 1, 2))).flatten(2).mT  # [B, L, D]
     x_dbl = torch.einsum('bld,krd->blkr', u, layer.x_proj_weight)
-    y = route_scan_reference(u, x_dbl, *layer.scan_parameters(), get_routes(layer.scan, *x.shape[1:3]))
+    A_log, *parameters = layer.scan_parameters()
+    y = route_scan_reference(u, x_dbl, -A_log.exp(), *parameters, get_routes(layer.scan, *x.shape[1:3]))
     return layer.out_proj(layer.out_norm(y)).unflatten(1, x.shape[1:3])
 
 

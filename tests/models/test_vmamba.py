@@ -83,8 +83,8 @@ def test_patch_merging_order_and_odd_sizes():
 
 def test_scan_parameters_stay_in_float32_and_out_of_weight_decay():
     model = nano(dtype=torch.bfloat16)
-    A, D, _, dt_bias = model.layers[0].blocks[0].op.scan_parameters()
-    assert {A.dtype, D.dtype, dt_bias.dtype} == {torch.float32}
+    A_log, D, _, dt_bias = model.layers[0].blocks[0].op.scan_parameters()
+    assert {A_log.dtype, D.dtype, dt_bias.dtype} == {torch.float32}
     kinds = {name.rpartition('.')[2] for name in model.no_weight_decay()}
     assert kinds == {'A_logs', 'Ds', 'dt_projs_bias'}
 

@@ -48,7 +48,7 @@ def ss2d_inputs(setting: Setting, batch: int, dim: int, side: int, d_state: int)
     tensors = {
         'x': normal(batch, length, dim, dtype=dtype),
         'x_proj': normal(4, rank + 2 * d_state, dim, dtype=dtype) * dim**-0.5,
-        'A': -torch.exp(0.5 * normal(4, dim, d_state)),
+        'A_log': 0.5 * normal(4, dim, d_state),
         'D': normal(4, dim),
         'dt_weight': normal(4, dim, rank) * rank**-0.5,
         'dt_bias': normal(4, dim) - 3.0,
@@ -56,18 +56,18 @@ def ss2d_inputs(setting: Setting, batch: int, dim: int, side: int, d_state: int)
     return {**tensors, 'routes': get_routes('cross', side, side, device=device)}
 
 
-def fused(x, x_proj, A, D, dt_weight, dt_bias, routes, backend='auto') -> Tensor:
+def fused(x, x_proj, A_log, D, dt_weight, dt_bias, routes, backend='auto') -> Tensor:
     """The fused operator, projections of all routes included."""
-    return projected_scan(x, x_proj, A, D, dt_weight, dt_bias, routes, backend=backend)
+    return projected_scan(x, x_proj, A_log, D, dt_weight, dt_bias, routes, backend=backend)
 
 
-def unfused(x, x_proj, A, D, dt_weight, dt_bias, routes) -> Tensor:
+def unfused(x, x_proj, A_log, D, dt_weight, dt_bias, routes) -> Tensor:
     """As the research repositories do it: expand to K routes, project, scan, merge; each step through memory."""
-    rank, d_state = dt_weight.shape[-1], A.shape[-1]
+    rank, d_state = dt_weight.shape[-1], A_log.shape[-1]
     xs = gather_routes(x, routes)[:, :, 0].mT.contiguous()  # [B, K, D, L]
     dt, B, C = torch.einsum('bkdl,kcd->bkcl', xs, x_proj).split([rank, d_state, d_state], dim=2)
     delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_weight.to(dt.dtype))
-    A, D, dt_bias = (v.flatten(0, 1) for v in (A, D, dt_bias))
+    A, D, dt_bias = (v.flatten(0, 1) for v in (-torch.exp(A_log), D, dt_bias))
     y = selective_scan(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, D, None, dt_bias, True)
     return merge_routes(y.unflatten(1, (routes.num_routes, -1)).mT.unsqueeze(2), routes)
 

@@ -41,9 +41,10 @@ def unfused_route_scan(
     return merge_routes(y.to(out_dtype or y.dtype).permute(0, 2, 1, 4, 3), routes, reduce=merge)
 
 
-def unfused_projected_scan(x: Tensor, x_proj: Tensor, *args, **kwargs) -> Tensor:
+def unfused_projected_scan(x: Tensor, x_proj: Tensor, A_log: Tensor, *args, **kwargs) -> Tensor:
     """`projected_scan` as a product and :func:`unfused_route_scan`."""
-    return unfused_route_scan(x, F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]), *args, **kwargs)
+    x_dbl = F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
+    return unfused_route_scan(x, x_dbl, -torch.exp(A_log.float()), *args, **kwargs)
 
 
 @contextmanager

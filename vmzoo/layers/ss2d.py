@@ -119,10 +119,10 @@ class SS2D(nn.Module):
         nn.init.ones_(self.Ds)
 
     def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A [K, D, N], D [K, D], dt_weight [K, D, R] and dt_bias [K, D]; all but dt_weight in at least float32."""
+        """A_log [K, D, N], D [K, D], dt_weight [K, D, R] and dt_bias [K, D]; all but dt_weight in at least float32."""
         k, dtype = self.num_routes, compute_dtype(self.A_logs.dtype)
-        A = -torch.exp(self.A_logs.to(dtype)).unflatten(0, (k, -1))
-        return A, self.Ds.to(dtype).unflatten(0, (k, -1)), self.dt_projs_weight, self.dt_projs_bias.to(dtype)
+        A_log, D = self.A_logs.to(dtype).view(k, -1, self.d_state), self.Ds.to(dtype).view(k, -1)
+        return A_log, D, self.dt_projs_weight, self.dt_projs_bias.to(dtype)
 
     def _scan_map(self, x: Tensor, height: int, width: int) -> Tensor:
         # x [B, L, D] -> [B, L, D]
@@ -142,7 +142,7 @@ class SS2D(nn.Module):
         x: Tensor,
         routes: Routes,
         x_proj_weight: Tensor,
-        A: Tensor,
+        A_log: Tensor,
         D: Tensor,
         dt_weight: Tensor,
         dt_bias: Tensor,
@@ -150,20 +150,20 @@ class SS2D(nn.Module):
         # x [B, L, D] -> [B, L, D], summed over routes; or [B, L, K, D], one map a route -> [B, L, K, D]. float32 for
         # float16 input: the sum over routes overflows float16
         out_dtype = torch.float32 if x.dtype == torch.float16 else None
-        parameters = (A, D, dt_weight, dt_bias)
+        parameters = (D, dt_weight, dt_bias)
         if x.ndim == 4:
             if x.is_cuda:  # rows of a multiple of 16 bytes
                 x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
             x_dbl = grouped_linear(x, x_proj_weight)  # [B, L, K, >= R + 2N]
-            return route_scan(x, x_dbl, *parameters, routes, merge=False, out_dtype=out_dtype)
+            return route_scan(x, x_dbl, -torch.exp(A_log), *parameters, routes, merge=False, out_dtype=out_dtype)
         if routes.parts is not None:
             return join_map(
-                SS2D._scan_pass(split_map(x, routes), routes.parts.routes, x_proj_weight, *parameters), routes
+                SS2D._scan_pass(split_map(x, routes), routes.parts.routes, x_proj_weight, A_log, *parameters), routes
             )
         if x.is_cuda:
-            return projected_scan(x, x_proj_weight, *parameters, routes, out_dtype=out_dtype)
+            return projected_scan(x, x_proj_weight, A_log, *parameters, routes, out_dtype=out_dtype)
         x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
-        return route_scan(x, x_dbl, *parameters, routes, out_dtype=out_dtype)
+        return route_scan(x, x_dbl, -torch.exp(A_log), *parameters, routes, out_dtype=out_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map [B, H, W, C] of any size into one of the same shape."""
@@ -216,11 +216,13 @@ class SSD2D(SS2D):
     def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in `SS2D`, with every head's step and decay repeated for its channels."""
         d, r, dtype = self.d_inner, self.dt_rank, compute_dtype(self.A_logs.dtype)
-        A = -torch.exp(self.A_logs.to(dtype)).repeat_interleave(d // r, dim=1)  # [K, D]
-        head = torch.eye(r, device=A.device, dtype=self.x_proj_weight.dtype).repeat_interleave(d // r, dim=0)  # [D, R]
+        A_log = self.A_logs.to(dtype).repeat_interleave(d // r, dim=1)  # [K, D]
+        head = torch.eye(r, device=A_log.device, dtype=self.x_proj_weight.dtype).repeat_interleave(
+            d // r, dim=0
+        )  # [D, R]
         dt_bias = self.dt_projs_bias.to(dtype).repeat_interleave(d // r, dim=1)
         return (
-            A.unsqueeze(-1).expand(-1, -1, self.d_state),
+            A_log.unsqueeze(-1).expand(-1, -1, self.d_state),
             self.Ds.to(dtype).flatten(1),
             head.expand(self.num_routes, -1, -1),
             dt_bias,
