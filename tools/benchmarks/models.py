@@ -13,8 +13,8 @@ from .timing import NAN, Row, Setting
 def benchmark_models(
     setting: Setting, names: Sequence[str], modes: Sequence[str], batch_size: int, img_size: int, train: bool
 ) -> Iterator[Row]:
-    """One row a mode ('eager', 'compile') and model, with times over those of the first model in the same mode; on a GPU
-    also of the same calls as CUDA graphs."""
+    """One row a mode ('eager', 'compile') and model, with times over those of the first model in the same mode; on a
+    GPU also of the same calls as CUDA graphs."""
     for mode in modes:
         baseline = None
         for name in names:
