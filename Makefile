@@ -17,10 +17,10 @@ demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, 1 to 2 minut
 	$(BIN)/python tools/export_digits.py data/digits
 	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits
 
-test: $(VENV)/installed-train,dev  ## run the tests
+test: $(VENV)/installed-train,mm,dev  ## run the tests
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed-train,dev  ## check style and formatting
+lint: $(VENV)/installed-train,mm,dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -70,7 +70,10 @@ setup(
     extras_require={
         'train': TRAIN,
         'mm': [
-            'onedl-mmengine>=0.10.12,<0.11',
+            *TRAIN,
+            # mmcv and mmseg ask for this build of OpenCV, which fills the same folder as the headless one: that works
+            # if both are of one version.
+            'opencv-python>=4.9,<5',
             'onedl-mmcv>=2.3.6,<2.4',
             'onedl-mmsegmentation>=1.4.2,<2',
             'onedl-mmdetection>=3.5.1,<4',

@@ -26,8 +26,8 @@ SHORTENED = {
         "'train_dataloader.dataset.input_size=(3,64,64)' 'val_dataloader.dataset.input_size=(3,64,64)' "
         "'test_dataloader.dataset.input_size=(3,64,64)' train_dataloader.batch_size=4"
     ),
-    'make lint': "make -n -o '{env}/installed-train,dev' 'VENV={env}' lint",
-    'make test': "make -n -o '{env}/installed-train,dev' 'VENV={env}' test",
+    'make lint': "make -n -o '{env}/installed-train,mm,dev' 'VENV={env}' lint",
+    'make test': "make -n -o '{env}/installed-train,mm,dev' 'VENV={env}' test",
 }
 
 
