@@ -43,6 +43,8 @@ def worker(rank: int, store: str, path: str) -> None:
 
 @pytest.fixture(scope='module')
 def gradients(tmp_path_factory) -> dict[str, list[Tensor]]:
+    from models.test_ddp import worker  # spawned processes cannot import `tests`, of which others install one
+
     folder = tmp_path_factory.mktemp('ddp')
     mp.spawn(worker, args=(str(folder / 'store'), str(folder / 'gradients.pt')), nprocs=2)
     return torch.load(folder / 'gradients.pt', weights_only=True)
