@@ -66,7 +66,7 @@ def test_missing_library():
             'mmdet',
             'mmdet',
             "assert False, 'MMCV==2.2.0 is used but incompatible'",
-            'AssertionError: MMCV==2.2.0 is used',
+            r'AssertionError: MMCV==2\.2\.0 is used.*do not fit together',
         ),
     ],
 )

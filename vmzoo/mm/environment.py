@@ -67,16 +67,10 @@ def require(module: str) -> None:
         importlib.import_module(module)
     except Exception as error:  # the libraries assert versions, and a compiled module can fail in any way
         version = next((metadata.version(name) for name in DISTRIBUTIONS.get(library, ()) if installed(name)), '')
+        remedy = f'The libraries do not fit together; run: {INSTALL} --upgrade'
+        if 'mmcv' in f'{module} {error}' and not isinstance(error, AssertionError):
+            remedy = "mmcv's compiled operators must be built for the installed torch: see 'Installation' in docs/mm.md"
         raise ImportError(
-            f'{library} {version} is installed, but {module} cannot be imported ({type(error).__name__}: {error}). '
-            f'{_remedy(module)}'
+            f'{library} {version} is installed, but {module} cannot be imported: {type(error).__name__}: {error}. '
+            f'{remedy}'
         ) from error
-
-
-def _remedy(module: str) -> str:
-    if module.startswith('mmcv'):
-        return (
-            "Its compiled operators must be built for the installed torch: see 'Installation' in docs/mm.md, or take a "
-            'wheel that fits'
-        )
-    return f'The libraries do not fit together; run: {INSTALL} --upgrade'
