@@ -135,7 +135,7 @@ def test_make_installs_once(tmp_path):
     assert first[0] == '-m venv .venv'
     assert first[1].endswith('install --disable-pip-version-check -c constraints.txt -e .[train]')
     assert make('install') == []
-    assert make('test')[0].endswith('-e .[train,dev]')
+    assert make('test')[0].endswith('-e .[train,mm,dev]')
     assert make('test') == ['-m pytest']
     later = (tmp_path / '.venv/installed-train').stat().st_mtime + 5
     os.utime(tmp_path / 'setup.py', (later, later))
