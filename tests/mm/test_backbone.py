@@ -1,12 +1,14 @@
 """VMZooBackbone over the registry: maps, weights, freezing, and what it says when something is wrong."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from models.exemptions import SMALL
-from models.test_timm_contract import NAMES, assert_equal, family, small, without_gradient
+from models.test_timm_contract import NAMES, TINY, assert_equal, family, small, without_gradient
 from torch import nn
 
 import vmzoo.mm  # noqa: F401 (registers the backbone)
@@ -15,6 +17,9 @@ from vmzoo.weights import CheckpointError, CheckpointMismatch
 
 TIMM_OWN = ['mambaout_femto', 'efficientvim_m1_dist']
 every_model = pytest.mark.parametrize('name', [*NAMES, *TIMM_OWN])
+every_kind = pytest.mark.parametrize(
+    'name', [*TINY, 'lbvim_300_backbone', 'vim_small_seg', 'roma_base_dense', *TIMM_OWN]
+)
 
 
 def build(name: str = 'vmamba_nano', **kwargs) -> VMZooBackbone:
@@ -46,7 +51,7 @@ def test_maps_of_any_size_and_no_parameter_without_gradient(name):
     assert without_gradient(backbone) == []
 
 
-@every_model
+@every_kind
 @pytest.mark.parametrize('out_indices', [(0,), (-1,)])
 def test_chosen_maps_leave_no_parameter_without_gradient(name, out_indices):
     backbone = build_small(name, out_indices=out_indices).train()
@@ -56,7 +61,7 @@ def test_chosen_maps_leave_no_parameter_without_gradient(name, out_indices):
     assert without_gradient(backbone) == []
 
 
-@every_model
+@every_kind
 def test_a_classifier_s_weights_fill_every_stage(name, tmp_path):
     torch.manual_seed(0)
     source = build_small(name)
@@ -78,11 +83,20 @@ class Segmentor(BaseModule):
         self.decode_head = nn.Conv2d(96, 2, 1)
 
 
+@pytest.mark.parametrize('name', ['test_convnext', 'test_resnet'])
+def test_timm_s_other_models(name):
+    backbone = build(name, out_indices=(1, 2)).train()
+    maps = backbone(image())
+    assert tuple(y.shape[1] for y in maps) == backbone.out_channels
+    sum(y.mean() for y in maps).backward()
+    assert without_gradient(backbone) == []
+
+
 def test_published_names_load_where_the_rest_of_an_mm_model_loads():
     source = timm.create_model('vmamba_nano')
     norms = {f'outnorm{i}.{kind}': torch.randn(dim) for i, dim in ((1, 48), (2, 96)) for kind in ('weight', 'bias')}
     published = {**source.state_dict(), **norms}
-    segmentor = Segmentor()
+    segmentor = copy.deepcopy(Segmentor())  # as averaging weights does
     head = {f'decode_head.{key}': value for key, value in segmentor.decode_head.state_dict().items()}
     segmentor.load_state_dict({**{f'backbone.{key}': value for key, value in published.items()}, **head})
     loaded = segmentor.backbone.model.state_dict()

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vmzoo.layers import LayerNorm
 from vmzoo.models._builder import load_published
+from vmzoo.models._registry import family_of
 from vmzoo.models.efficientvim import CLASSIFIER_PARAMETERS
 from vmzoo.weights import CheckpointMismatch, LoadReport, read_checkpoint
 from vmzoo.weights.convert import PREFIXES, convert
@@ -80,7 +81,7 @@ class VMZooBackbone(BaseModule):
         self._create_kwargs = dict(kwargs, num_classes=0, in_chans=in_channels)
         if drop_path_rate is not None:
             self._create_kwargs['drop_path_rate'] = drop_path_rate
-        if get_pretrained_cfg(model_name).fixed_input_size:
+        if family_of(model_name) and get_pretrained_cfg(model_name).fixed_input_size:
             self._create_kwargs.setdefault('dynamic_img_size', True)
         self._build(pretrained is True, out_indices, out_norms)
         self.model.set_grad_checkpointing(with_cp)
