@@ -129,8 +129,17 @@ def test_what_a_checkpoint_lacks_is_logged(tmp_path, monkeypatch):
     build(pretrained=file, out_indices=(0, 3))
     assert lines == [
         f'vmamba_nano: {file}: 2 keys not used (classifier.head.weight, classifier.head.bias); '
-        'not in it and kept as initialised: outnorm0.weight, outnorm0.bias, outnorm3.weight, outnorm3.bias'
+        'not among them and kept as initialised: outnorm0.weight, outnorm0.bias, outnorm3.weight, outnorm3.bias'
     ]
+
+    lines.clear()
+    overlay = dict(file=file)
+    backbone = build(pretrained=True, pretrained_cfg_overlay=overlay, out_indices=(2,))
+    assert lines == [
+        'vmamba_nano: published weights: loaded; not among them and kept as initialised: outnorm2.weight, outnorm2.bias'
+    ]
+    weight = 'patch_embed.0.weight'
+    assert torch.equal(backbone.model.get_parameter(weight), torch.load(file)['state_dict'][weight])
 
 
 def test_other_channels_adapt_the_stem(tmp_path):

@@ -89,6 +89,8 @@ class VMZooBackbone(BaseModule):
         self.register_load_state_dict_pre_hook(_accept_published_names)
         if isinstance(pretrained, str):
             self._load(pretrained)
+        elif pretrained:
+            _log(self, 'published weights: loaded', self._norm_keys())
 
     def _create(self, **kwargs: Any) -> nn.Module:
         return timm.create_model(self.model_name, **self._create_kwargs, **kwargs)
@@ -127,6 +129,9 @@ class VMZooBackbone(BaseModule):
             if hasattr(model, name):
                 raise ValueError(f'{self.model_name} has norms on its outputs already; leave out out_norms.')
             model.add_module(name, LayerNorm(channels, device=device))
+
+    def _norm_keys(self) -> list[str]:
+        return [key for key in self.model.state_dict() if key.partition('.')[0] in self._out_norms]
 
     def _freeze(self) -> None:
         depths, num_layers = layer_depths(self.model, coarse=True)
@@ -176,10 +181,10 @@ class VMZooBackbone(BaseModule):
         self._add_out_norms(whole)
         whole.pretrained_cfg = self.model.pretrained_cfg
         own = self.model.state_dict()
-        norms = {key for key in own if key.partition('.')[0] in self._out_norms}
+        norms = set(self._norm_keys())
         found, report = convert(state_dict, whole, optional=norms | (whole.state_dict().keys() - own.keys()))
         weights = {key: found[key] for key in own if key in found and not found[key].is_meta}
-        return own | weights, report, tuple(key for key in own if key in norms and key not in weights)
+        return own | weights, report, tuple(key for key in self._norm_keys() if key not in weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image [B, in_channels, H, W] -> a map [B, C, h, w] for each of `out_indices`."""
@@ -229,8 +234,12 @@ def _load_file(backbone: VMZooBackbone, path: str) -> None:
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f'{path}: {error}') from None
     backbone.model.load_state_dict(weights)
-    norms = f'; not in it and kept as initialised: {", ".join(initial)}' if initial else ''
-    print_log(f'{backbone.model_name}: {path}: {report}{norms}', 'current')
+    _log(backbone, f'{path}: {report}', initial)
+
+
+def _log(backbone: VMZooBackbone, loaded: str, initial: Sequence[str]) -> None:
+    norms = f'; not among them and kept as initialised: {", ".join(initial)}' if initial else ''
+    print_log(f'{backbone.model_name}: {loaded}{norms}', 'current')
 
 
 def _accept_published_names(backbone: VMZooBackbone, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
