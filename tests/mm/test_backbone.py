@@ -125,7 +125,8 @@ def test_weights_survive_the_initialisation_of_the_whole_model(tmp_path):
 def test_what_a_checkpoint_lacks_is_logged(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr('vmzoo.mm.backbone.print_log', lambda text, logger: lines.append(text))
-    file = saved(tmp_path / 'weights.pth', timm.create_model('vmamba_nano').state_dict())
+    source = timm.create_model('vmamba_nano').state_dict()
+    file = saved(tmp_path / 'weights.pth', source)
     build(pretrained=file, out_indices=(0, 3))
     assert lines == [
         f'vmamba_nano: {file}: 2 keys not used (classifier.head.weight, classifier.head.bias); '
@@ -133,13 +134,12 @@ def test_what_a_checkpoint_lacks_is_logged(tmp_path, monkeypatch):
     ]
 
     lines.clear()
-    overlay = dict(file=file)
-    backbone = build(pretrained=True, pretrained_cfg_overlay=overlay, out_indices=(2,))
+    backbone = build(pretrained=True, pretrained_cfg_overlay=dict(file=file), out_indices=(2,))
     assert lines == [
         'vmamba_nano: published weights: loaded; not among them and kept as initialised: outnorm2.weight, outnorm2.bias'
     ]
     weight = 'patch_embed.0.weight'
-    assert torch.equal(backbone.model.get_parameter(weight), torch.load(file)['state_dict'][weight])
+    assert torch.equal(backbone.model.get_parameter(weight), source[weight])
 
 
 def test_other_channels_adapt_the_stem(tmp_path):
