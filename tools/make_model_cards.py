@@ -22,8 +22,12 @@ TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models
 NOTES = {
     'mambayolo': """
 The backbone of a YOLOv8-shaped detector whose blocks scan, with a classifier for pretraining. Its feature maps are P2
-to P5; the last is pooled over three windows. Pixels are RGB in [0, 1], without mean and standard deviation. Of a
-detector's checkpoint with the published names, the backbone loads into these models with `num_classes=0`.
+to P5; the last is pooled over three windows. Pixels are RGB in [0, 1], without mean and standard deviation.
+
+The whole detector is made of `vmzoo.mm.mambayolo` (neck, head, assigner) on mmdet, with the published recipe in
+`configs/detection/mambayolo_{tiny,base,large}_coco.py`. Its images have sides of multiples of 32. Checkpoints with the
+published names load into it as they are (`load_from`), and their backbone into these models with `num_classes=0`.
+`detector.deploy()` is the network from image to boxes and probabilities with batch norms folded, for `torch.export`.
 
 Stated for the detectors, on COCO val2017 at 640x640: 44.5 AP (tiny), 49.1 (base, in places called M) and 52.1 (large).
 The paper's 5.8 M and 19.1 M parameters for tiny and base belong to an earlier version: the published code has 6.1 M and
