@@ -84,7 +84,7 @@ def test_tensor_cores(run, name):
 
 def test_load_matrices(run):
     matrices = np.random.randint(0, 2**16, (4, 8, 8)).astype(np.uint16)
-    registers = run('load_matrices', 32, matrices, (32, 12), np.uint32, shared_bytes=512)
+    registers = run('load_matrices', 32, matrices, (32, 10), np.uint32, shared_bytes=512)
 
     def expected(matrices):  # lane 4 i + j: columns 2 j and 2 j + 1 of row i
         return np.ascontiguousarray(matrices).reshape(-1, 32, 2).view(np.uint32)[..., 0].T
@@ -92,8 +92,7 @@ def test_load_matrices(run):
     straight, transposed = expected(matrices), expected(matrices.transpose(0, 2, 1))
     np.testing.assert_array_equal(registers[:, :4], straight)
     np.testing.assert_array_equal(registers[:, 4:8], transposed)
-    np.testing.assert_array_equal(registers[:, 8:10], straight[:, :2])
-    np.testing.assert_array_equal(registers[:, 10:], transposed[:, :2])
+    np.testing.assert_array_equal(registers[:, 8:], transposed[:, :2])
 
 
 def test_rounding(run):
@@ -104,15 +103,13 @@ def test_rounding(run):
         half.view(np.uint32) + offset for half in ties for offset in (0, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)
     ]
     x = np.concatenate([*x, np.random.randint(0, 2**32, 10000)]).astype(np.uint32).view(np.float32)
-    y = run('convert', 256, x, (len(x), 6), np.uint32, grid=(-(-len(x) // 256),), n=len(x))
+    y = run('convert', 256, x, (len(x), 5), np.uint32, grid=(-(-len(x) // 256),), n=len(x))
     number = ~np.isnan(x)
     for columns, kind in ((y[:, :2], 'half'), (y[:, 2:4], 'bfloat')):
         for column in columns.T:
             np.testing.assert_array_equal(column[number], in_16_bits(x, kind).view(np.uint16)[number])
             assert np.isnan(from_16_bits(column[~number].astype(np.uint16), kind)).all()
-    tf32 = (x[number].view(np.uint32) + 0x1000) & 0xFFFFE000
-    np.testing.assert_array_equal(y[:, 4][number], tf32)
-    np.testing.assert_array_equal(y[:, 5].view(np.float32), x)
+    np.testing.assert_array_equal(y[:, 4].view(np.float32), x)
 
 
 def test_widening(run):
@@ -125,11 +122,11 @@ def test_widening(run):
 
 def test_fast_math(run):
     x = np.exp(np.random.uniform(-20, 4, 1000)).astype(np.float32)
-    y = run('fast_math', 256, x, (1000, 3), np.float32, grid=(4,), n=1000)
-    np.testing.assert_allclose(y, np.stack([np.exp2(x), np.log2(x), 1 / x], axis=1), rtol=1e-6, atol=1e-6)
+    y = run('fast_math', 256, x, (1000, 2), np.float32, grid=(4,), n=1000)
+    np.testing.assert_allclose(y, np.stack([np.exp2(x), 1 / x], axis=1), rtol=1e-6, atol=1e-6)
     tiny = np.array([1e-40, -130, -200], dtype=np.float32)  # subnormal numbers are zero
-    y = run('fast_math', 32, tiny, (3, 3), np.float32, n=3)
-    assert y[0].tolist() == [1, -math.inf, math.inf]
+    y = run('fast_math', 32, tiny, (3, 2), np.float32, n=3)
+    assert y[0].tolist() == [1, math.inf]
     assert y[1:, 0].tolist() == [0, 0]
 
 
@@ -147,15 +144,10 @@ def test_blocks_synchronise(run):
     np.testing.assert_allclose(sums, x.sum(axis=1, dtype=np.float64), rtol=1e-4, atol=1e-4)
 
 
-def test_named_barriers(run):
-    x = np.random.randn(2, 64).astype(np.float32)
-    y = run('named_barriers', 128, x, (2, 64), np.float32, n=6)
-    np.testing.assert_array_equal(y, [x[0], x[1, ::-1]])
-
-
 def test_asynchronous_copies(run):
     x = np.random.randn(3, 32, 4).astype(np.float32)
     y = run('pipeline', 32, x, (3, 32), np.float32, shared_bytes=32 * 48)
+    x[1] = 0  # copied as zeros
     np.testing.assert_allclose(y, x.sum(axis=2).cumsum(axis=0), atol=1e-5)
 
 
@@ -177,7 +169,11 @@ def fault(name, threads=32, shared_bytes=0, n=0, reverse=False):
         ('misaligned', dict(n=1), 'a misaligned access'),
         ('divergent', {}, 'divergent warp: a shuffle .* but lane 0 is in __syncwarp'),
         ('left_lane', dict(n=3), 'waits for lane 0, which left the kernel'),
-        ('deadlock', dict(threads=64), 'deadlock .* 32 of 64 threads at barrier 0; 32 of 64 threads at barrier 1'),
+        (
+            'deadlock',
+            dict(threads=64),
+            'deadlock .* 48 of 64 threads in __syncthreads; 16 lanes of warp 0 in',
+        ),
         ('deep_stack', dict(n=5), 'needs more than 65536 bytes of stack'),
         ('race', dict(threads=33), 'whole warps'),
     ],

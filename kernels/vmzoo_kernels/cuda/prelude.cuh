@@ -1,5 +1,5 @@
 // What the kernels need of the device, for NVRTC without any header of CUDA: fast math, 16-bit floats, tensor cores,
-// asynchronous copies, barriers. Needs compute capability 8.0.
+// asynchronous copies. Needs compute capability 8.0.
 //
 // The tests run the kernels on the CPU with tests/kernels/emulator/emulator.h in place of this file: it defines this
 // guard and every name below.
@@ -22,12 +22,6 @@ struct bfloat_t {
 __device__ __forceinline__ float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float lg2(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -63,13 +57,7 @@ __device__ __forceinline__ unsigned long long offset(unsigned long long address,
 // In a rarely taken branch: keeps the compiler from computing both sides and selecting.
 __device__ __forceinline__ void rarely() { asm volatile(""); }
 
-// Conversions, to the nearest. 16-bit floats are rounded to even; TF32 rounds halves away from zero.
-
-__device__ __forceinline__ unsigned to_tf32(float x) {
-    unsigned y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
-}
+// Conversions, to the nearest: 16-bit floats are rounded to even.
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 
@@ -208,32 +196,20 @@ __device__ __forceinline__ unsigned shared_address(const void* smem) {
                  : "r"(shared_address(smem))                                                 \
                  : "memory")
 
-#define VMZOO_LDMATRIX_X2(trans)                                                     \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0, %1}, [%2];" \
-                 : "=r"(r[0]), "=r"(r[1])                                            \
-                 : "r"(shared_address(smem))                                         \
-                 : "memory")
-
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* smem) { VMZOO_LDMATRIX_X4(""); }
 
 __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* smem) { VMZOO_LDMATRIX_X4(".trans"); }
 
-__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* smem) { VMZOO_LDMATRIX_X2(""); }
-
-__device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* smem) { VMZOO_LDMATRIX_X2(".trans"); }
+__device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(smem))
+                 : "memory");
+}
 
 #undef VMZOO_LDMATRIX_X4
-#undef VMZOO_LDMATRIX_X2
 
 // Copies to shared memory that run beside the thread. Both addresses are aligned to the size. 16 bytes bypass L1.
-
-__device__ __forceinline__ void cp_async16(void* smem, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(smem)), "l"(global) : "memory");
-}
-
-__device__ __forceinline__ void cp_async8(void* smem, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(smem)), "l"(global) : "memory");
-}
 
 __device__ __forceinline__ void cp_async4(void* smem, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(smem)), "l"(global) : "memory");
@@ -253,11 +229,6 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int n>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-}
-
-// Waits until so many threads (whole warps) came to barrier `id`, 1 to 15; 0 is that of __syncthreads.
-__device__ __forceinline__ void bar_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Stores to global memory whose address the compiler cannot trace back.

@@ -50,36 +50,34 @@ extern "C" __global__ void mma_bfloat_k8(const __grid_constant__ Params p) {
     multiply_fragments<2, 1>(p, K8<bfloat_t>());
 }
 
-// Input: four 8x8 matrices of 16 bits; output: of each lane 4 + 4 + 2 + 2 registers.
+// Input: four 8x8 matrices of 16 bits; output: of each lane 4 + 4 + 2 registers.
 extern "C" __global__ void load_matrices(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(memory);
-    cp_async16(memory + 16 * threadIdx.x, static_cast<const unsigned char*>(p.input) + 16 * threadIdx.x);
+    cp_async16_or_zero(memory + 16 * threadIdx.x, static_cast<const unsigned char*>(p.input) + 16 * threadIdx.x, true);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
     const unsigned char* row = memory + 16 * threadIdx.x;
-    unsigned x4[4], x4_trans[4], x2[2], x2_trans[2];
+    unsigned x4[4], x4_trans[4], x2_trans[2];
     ldmatrix_x4(x4, row);
     ldmatrix_x4_trans(x4_trans, row);
-    ldmatrix_x2(x2, row);
     ldmatrix_x2_trans(x2_trans, row);
-    unsigned* output = static_cast<unsigned*>(p.output) + 12 * threadIdx.x;
+    unsigned* output = static_cast<unsigned*>(p.output) + 10 * threadIdx.x;
     for (int i = 0; i < 4; i++) output[i] = x4[i], output[4 + i] = x4_trans[i];
-    for (int i = 0; i < 2; i++) output[8 + i] = x2[i], output[10 + i] = x2_trans[i];
+    for (int i = 0; i < 2; i++) output[8 + i] = x2_trans[i];
 }
 
-// Input: n numbers; output: [n, 6], bits.
+// Input: n numbers; output: [n, 5], bits.
 extern "C" __global__ void convert(const __grid_constant__ Params p) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.n) return;
     float x = ldg(static_cast<const float*>(p.input) + i);
-    unsigned* output = static_cast<unsigned*>(p.output) + 6 * i;
+    unsigned* output = static_cast<unsigned*>(p.output) + 5 * i;
     output[0] = from_float<half_t>(x).v;
     output[1] = pack2<half_t>(-1, x) >> 16;
     output[2] = from_float<bfloat_t>(x).v;
     output[3] = pack2<bfloat_t>(x, -1) & 0xffff;
-    output[4] = to_tf32(x);
-    output[5] = __float_as_uint(from_float<float>(to_float(x)));
+    output[4] = __float_as_uint(from_float<float>(to_float(x)));
 }
 
 // Output: [65536, 4], the float of every number of 16 bits.
@@ -93,13 +91,13 @@ extern "C" __global__ void widen(const __grid_constant__ Params p) {
     output[3] = unpack2<bfloat_t>(0xffff0000u | i).x;
 }
 
-// Input: n positive numbers; output: [n, 3].
+// Input: n positive numbers; output: [n, 2].
 extern "C" __global__ void fast_math(const __grid_constant__ Params p) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.n) return;
     float x = static_cast<const float*>(p.input)[i];
-    float* output = static_cast<float*>(p.output) + 3 * i;
-    output[0] = ex2(x), output[1] = lg2(x), output[2] = rcp(x);
+    float* output = static_cast<float*>(p.output) + 2 * i;
+    output[0] = ex2(x), output[1] = rcp(x);
 }
 
 // Output: [32, 6].
@@ -128,30 +126,16 @@ extern "C" __global__ void __launch_bounds__(256) sum_blocks(const __grid_consta
     if (t == 0) static_cast<float*>(p.output)[blockIdx.x] = sums[0];
 }
 
-// Each pair of warps turns its 64 numbers around, n times, without waiting for the other pair.
-extern "C" __global__ void named_barriers(const __grid_constant__ Params p) {
-    __shared__ float memory[128];
-    int pair = threadIdx.x / 64, t = threadIdx.x % 64;
-    float x = static_cast<const float*>(p.input)[threadIdx.x];
-    for (int i = 0; i < p.n + pair; i++) {
-        memory[64 * pair + t] = x;
-        bar_sync(1 + pair, 64);
-        x = memory[64 * pair + 63 - t];
-        bar_sync(1 + pair, 64);
-    }
-    static_cast<float*>(p.output)[threadIdx.x] = x;
-}
-
-// Input: [3, 32, 4] numbers; output: the sums of the first, of the first two and of all three rows, [3, 32].
+// Input: [3, 32, 4] numbers, the second row of which counts as zeros; output: the sums of the first, of the first
+// two and of all three rows, [3, 32].
 extern "C" __global__ void pipeline(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(memory);
     const float* input = static_cast<const float*>(p.input) + 4 * threadIdx.x;
     float* buffer = reinterpret_cast<float*>(memory) + 12 * threadIdx.x;
     float* output = static_cast<float*>(p.output);
-    cp_async16(buffer, input);
+    cp_async16_or_zero(buffer, input, true);
     cp_async_commit();
-    cp_async8(buffer + 4, input + 128);
-    cp_async8(buffer + 6, input + 130);
+    cp_async16_or_zero(buffer + 4, input + 128, false);
     cp_async_commit();
     for (int i = 0; i < 4; i++) cp_async4(buffer + 8 + i, input + 256 + i);
     cp_async_commit();

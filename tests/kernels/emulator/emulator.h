@@ -26,20 +26,8 @@
 struct __align__(8) float2 {
     float x, y;
 };
-struct float3 {
-    float x, y, z;
-};
 struct __align__(16) float4 {
     float x, y, z, w;
-};
-struct __align__(8) int2 {
-    int x, y;
-};
-struct __align__(16) int4 {
-    int x, y, z, w;
-};
-struct __align__(8) uint2 {
-    unsigned x, y;
 };
 struct __align__(16) uint4 {
     unsigned x, y, z, w;
@@ -52,12 +40,7 @@ struct bfloat_t {
 };
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // Numbers
@@ -85,9 +68,6 @@ inline float __uint_as_float(unsigned x) {
     return y;
 }
 
-inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
-inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
-
 namespace emulator {
 
 inline float flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0, x) : x; }
@@ -95,12 +75,7 @@ inline float flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0, x) : x; }
 }  // namespace emulator
 
 inline float ex2(float x) { return emulator::flush(exp2f(emulator::flush(x))); }
-inline float lg2(float x) { return log2f(emulator::flush(x)); }
 inline float rcp(float x) { return emulator::flush(1 / emulator::flush(x)); }
-
-inline unsigned to_tf32(float x) {
-    return std::isnan(x) ? 0x7fffffffu : (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
-}
 
 inline float to_float(float x) { return x; }
 
@@ -306,14 +281,11 @@ inline void mma_k8(float (&d)[4], const unsigned (&a)[2], unsigned b, const floa
 
 inline void ldmatrix_x4(unsigned (&r)[4], const void *smem) { emulator::ldmatrix<4, false>(r, smem); }
 inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *smem) { emulator::ldmatrix<4, true>(r, smem); }
-inline void ldmatrix_x2(unsigned (&r)[2], const void *smem) { emulator::ldmatrix<2, false>(r, smem); }
 inline void ldmatrix_x2_trans(unsigned (&r)[2], const void *smem) { emulator::ldmatrix<2, true>(r, smem); }
 
 // Blocks and memory
 
-inline void __syncthreads() { emulator::wait_at(0, 0); }
-
-inline void bar_sync(int id, int threads) { emulator::wait_at(id, threads); }
+inline void __syncthreads() { emulator::wait_at_barrier(); }
 
 namespace emulator {
 
@@ -337,8 +309,6 @@ inline void finish_copies(int groups) {
 
 }  // namespace emulator
 
-inline void cp_async16(void *smem, const void *global) { emulator::copy_later(smem, global, 16); }
-inline void cp_async8(void *smem, const void *global) { emulator::copy_later(smem, global, 8); }
 inline void cp_async4(void *smem, const void *global) { emulator::copy_later(smem, global, 4); }
 inline void cp_async16_or_zero(void *smem, const void *global, bool there) {
     alignas(16) static const unsigned char zeros[16] = {};
@@ -358,7 +328,6 @@ inline unsigned long long offset(unsigned long long address, int i, int stride) 
 inline void rarely() {}
 
 inline void store_global(float4 *address, float4 v) { *address = v; }
-inline void store_global(uint2 *address, uint2 v) { *address = v; }
 template <typename T>
 inline void store_global(T *address, T v) {
     *address = v;
@@ -368,13 +337,3 @@ template <typename T>
 inline T ldg(const T *address) {
     return *address;
 }
-
-template <typename T>
-inline T atomicAdd(T *address, T value) {
-    T old = *address;
-    *address = old + value;
-    return old;
-}
-
-inline void __threadfence() {}
-inline void __threadfence_block() {}

@@ -38,8 +38,8 @@ extern "C" __global__ void left_lane(const __grid_constant__ Params p) {
 }
 
 extern "C" __global__ void deadlock(const __grid_constant__ Params p) {
-    if (threadIdx.x < 32)
-        bar_sync(1, 64);
+    if (threadIdx.x < 16)
+        __syncwarp();
     else
         __syncthreads();
 }

@@ -24,7 +24,7 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr int MAX_THREADS = 1024, BARRIERS = 16;
+constexpr int MAX_THREADS = 1024;
 constexpr size_t STACK = 64 << 10, FENCE = 256 << 10;
 constexpr size_t PAGE = 16 << 10;  // a multiple of the system's
 
@@ -49,15 +49,9 @@ struct Fiber {
     unsigned mask;
     Perform perform;
     void *data;
-    // at_barrier
-    int barrier;
     // asynchronous copies under way
     int groups;
     std::vector<Copy> copies;
-};
-
-struct Barrier {
-    int arrived, threads;  // expects so many threads; 0: all that still run
 };
 
 // Pages between two that nobody may touch: [fence | memory | fence].
@@ -83,9 +77,8 @@ private:
 
 static std::vector<Fiber> fibers;
 static std::vector<FencedMemory *> stacks;  // kept from launch to launch
-static Barrier barriers[BARRIERS];
 static Fiber *current;
-static int running;
+static int running, arrived;  // threads that did not end; of these, at the barrier
 static jmp_buf scheduler;
 static ucontext_t entry;
 static void (*kernel)(const void *params);
@@ -144,27 +137,17 @@ __attribute__((noinline)) static void collective(const char *operation, unsigned
         if (mask >> i & 1) warp[i].state = State::ready;
 }
 
-inline void release(int id) {
-    Barrier &barrier = barriers[id];
-    if (barrier.arrived == 0 || barrier.arrived != (barrier.threads ? barrier.threads : running)) return;
+inline void release_barrier() {
+    if (arrived < running) return;
     for (Fiber &fiber : fibers)
-        if (fiber.state == State::at_barrier && fiber.barrier == id) fiber.state = State::ready;
-    barrier.arrived = 0;
+        if (fiber.state == State::at_barrier) fiber.state = State::ready;
+    arrived = 0;
 }
 
-__attribute__((noinline)) static void wait_at(int id, int threads) {
-    if (id < 0 || id >= BARRIERS) fail("barrier %d: there are barriers 0 to 15", id);
-    if (threads % 32 || threads > int(fibers.size()))
-        fail("barrier %d for %d threads: needs whole warps and at most the block's %zu threads", id, threads,
-             fibers.size());
-    Barrier &barrier = barriers[id];
-    if (barrier.arrived && barrier.threads != threads)
-        fail("barrier %d for %d threads, at which others wait for %d", id, threads, barrier.threads);
-    barrier.threads = threads;
-    barrier.arrived++;
-    current->barrier = id;
+__attribute__((noinline)) static void wait_at_barrier() {
+    arrived++;
     current->state = State::at_barrier;
-    release(id);
+    release_barrier();
     if (current->state != State::ready) give_way();
 }
 
@@ -172,7 +155,7 @@ static void run_thread() {
     kernel(kernel_params);
     current->state = State::done;
     running--;
-    if (!barriers[0].threads) release(0);
+    release_barrier();
     _longjmp(scheduler, 1);
 }
 
@@ -191,15 +174,9 @@ __attribute__((noinline)) static void resume(Fiber &fiber, FencedMemory &stack) 
 
 static std::string describe_deadlock() {
     char text[256];
-    snprintf(text, sizeof text, "deadlock in block (%u, %u, %u):", blockIdx.x, blockIdx.y, blockIdx.z);
+    snprintf(text, sizeof text, "deadlock in block (%u, %u, %u): %d of %d threads in __syncthreads;", blockIdx.x,
+             blockIdx.y, blockIdx.z, arrived, running);
     std::string message = text;
-    for (int id = 0; id < BARRIERS; id++) {
-        const Barrier &barrier = barriers[id];
-        if (!barrier.arrived) continue;
-        snprintf(text, sizeof text, " %d of %d threads at barrier %d;", barrier.arrived,
-                 barrier.threads ? barrier.threads : running, id);
-        message += text;
-    }
     for (size_t i = 0; i < fibers.size(); i += 32) {
         int waiting = 0;
         const Fiber *first = nullptr;
@@ -223,9 +200,9 @@ static void run_block(bool reverse) {
         fibers[i] = Fiber();
         fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     }
-    memset(barriers, 0, sizeof barriers);
     memset(shared, 0xff, shared_size);  // NaN in every floating-point format
     running = count;
+    arrived = 0;
     while (running) {
         bool progress = false;
         for (int i = 0; i < count; i++) {
