@@ -8,7 +8,8 @@ from golden import golden
 
 import vmzoo
 from vmzoo.layers import SS2D, VSSBlock
-from vmzoo.models.efficientvmamba import ConvStage, checkpoint_filter_fn
+from vmzoo.models._hierarchical import ChannelsFirstStage
+from vmzoo.models.efficientvmamba import checkpoint_filter_fn
 
 
 def small(**kwargs) -> torch.nn.Module:
@@ -39,7 +40,7 @@ def test_filter_leaves_our_own_names_alone():
 def test_scans_stop_where_convolutions_begin():
     for stages in (1, 3):
         model = small(num_scan_stages=stages)
-        assert [isinstance(stage, ConvStage) for stage in model.layers] == [i >= stages for i in range(4)]
+        assert [isinstance(stage, ChannelsFirstStage) for stage in model.layers] == [i >= stages for i in range(4)]
         assert sum(isinstance(module, SS2D) for module in model.modules()) == stages
 
 

@@ -1,8 +1,12 @@
 """Blocks that two or more model families share."""
 
+from .channel_attention import ChannelAttention, SqueezeExcite
+from .conv import DepthwiseConv, MultiScaleConv, conv_bn
 from .deform_conv import DCNv4, deform_aggregate
+from .fusible import ConvNorm, NormLinear, PointwiseNorm
 from .head import DistilledHead, NormPoolHead
-from .linear import Linear, Mlp, SwiGlu, grouped_linear, linear
+from .high_resolution import FusionNeck, HRModule, bottleneck
+from .linear import Linear, Mlp, SwiGlu, grouped_linear, init_truncated_, linear
 from .mamba import MambaMixer, MambaMlpBlock, TokenPaths, VimBlock
 from .neighborhood_attention import check_attention_backend, na2d_av, na2d_qk
 from .norm import LayerNorm, RMSNorm
@@ -23,43 +27,57 @@ from .shuffle import LayerwiseShuffle
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
 from .vss import VSSBlock
+from .wavelet import HaarTransform
 
 __all__ = [
     'SS2D',
     'SSD2D',
+    'ChannelAttention',
     'ConvBnAct',
     'ConvDownsample',
+    'ConvNorm',
     'ConvStem',
     'DCNv4',
+    'DepthwiseConv',
     'DistilledHead',
+    'FusionNeck',
+    'HRModule',
+    'HaarTransform',
     'LayerNorm',
     'LayerwiseShuffle',
     'Linear',
     'MambaMixer',
     'MambaMlpBlock',
     'Mlp',
+    'MultiScaleConv',
+    'NormLinear',
     'NormPoolHead',
     'ODSSBlock',
     'PatchMerging',
     'PatchStem',
     'Permute',
+    'PointwiseNorm',
     'RMSNorm',
     'ScanBlock2d',
+    'SqueezeExcite',
     'StridedPatchEmbed',
     'SwiGlu',
     'TokenPaths',
     'VSSBlock',
     'VimBlock',
     'auto_dt_rank',
+    'bottleneck',
     'check_attention_backend',
     'check_images',
     'compute_dtype',
+    'conv_bn',
     'deform_aggregate',
     'grouped_linear',
     'init_A_log_',
     'init_dt_bias_',
     'init_dt_weight_',
     'init_linear_weight_',
+    'init_truncated_',
     'linear',
     'na2d_av',
     'na2d_qk',

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -52,6 +53,14 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     """K linear maps side by side, in one product: [..., K, I] -> [..., K, O], with weight [K, O, I]."""
     out = torch.bmm(x.flatten(0, -3).transpose(0, 1), weight.mT)  # [K, rows, O]
     return out.transpose(0, 1).unflatten(0, x.shape[:-2])
+
+
+@torch.no_grad()
+def init_truncated_(layer: nn.Module) -> None:
+    """Weight of a linear layer or convolution from a truncated normal distribution, of 0.02; no bias."""
+    trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class Linear(nn.Linear):

@@ -1,9 +1,9 @@
 """A scan block for other people's networks."""
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .linear import init_truncated_
 from .vss import VSSBlock
 
 
@@ -80,9 +80,7 @@ class ScanBlock2d(VSSBlock):
         """Initialise every parameter, also those of a block that `to_empty()` has put on a device."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_truncated_(module)
             elif module is not self and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
 

@@ -1,4 +1,4 @@
-"""Builds a model as timm does, but reads published weights as data.
+"""Builds a model and its cfg as timm does, but reads published weights as data.
 
 timm loads pickles with `weights_only=True`, which refuses the config objects inside most published files, and goes
 non-strict when the number of classes changes. Here files and downloads are read by `vmzoo.weights` instead.
@@ -11,10 +11,27 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_custom_pretrained, resolve_pretrained_cfg
 from torch import nn
 
 _DRIVE_DOWNLOAD = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
+
+
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Entries of a pretrained cfg: those of ImageNet-1k at 224 pixels, and over them the ones given."""
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'license': 'unknown',
+        **kwargs,
+    }
 
 
 def build_model(
@@ -24,6 +41,7 @@ def build_model(
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Calls timm's `build_model_with_cfg`; a `file` or `url` in the cfg goes through the safe reader, strictly.
@@ -35,7 +53,8 @@ def build_model(
         pretrained_cfg: Tag or cfg that replaces the registered one.
         pretrained_cfg_overlay: Entries over the cfg: `dict(file='weights.pth')` loads a local file.
         cache_dir: Where downloads are kept, instead of torch.hub's folder.
-        **kwargs: `feature_cfg`, `pretrained_filter_fn` and the model's own arguments.
+        feature_cfg: How `features_only=True` takes features, if not those of four stages by `forward_intermediates`.
+        **kwargs: `pretrained_filter_fn` and the model's own arguments.
 
     Raises:
         CheckpointError: No weights are published, the download fails, or the file is damaged.
@@ -66,6 +85,7 @@ def build_model(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         cache_dir=cache_dir,
+        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter', **(feature_cfg or {})},
         **kwargs,
     )
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from timm.layers import get_device_dtype, trunc_normal_
+from timm.layers import get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import NormPoolHead, check_images
+from ..layers import DistilledHead, NormPoolHead, check_images, init_truncated_
 
 
 class Stage(nn.Module):
@@ -56,6 +56,14 @@ class Stage(nn.Module):
         return self.forward_downsample(self.forward_blocks(x), x)
 
 
+class ChannelsFirstStage(Stage):
+    """Stage whose blocks take channels-first maps."""
+
+    def forward_blocks(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
+        return super().forward_blocks(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 def stage_dims(embed_dim: int | tuple[int, ...], depths: tuple[int, ...]) -> tuple[int, ...]:
     """Channels of each stage; those of the first, if only they are given, double from stage to stage.
 
@@ -69,7 +77,32 @@ def stage_dims(embed_dim: int | tuple[int, ...], depths: tuple[int, ...]) -> tup
     return tuple(embed_dim)
 
 
-class HierarchicalBackbone(nn.Module):
+class ScanBackbone(nn.Module):
+    """What backbones of 2D scans (`vmzoo.layers.SS2D`) share; they have `forward_features` and `forward_head`."""
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter; `needs_reset` also those that constructors have initialised (`to_empty()`)."""
+
+        def init(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                init_truncated_(module)
+            elif needs_reset and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+
+        self.apply(init)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that a scan is sensitive to."""
+        return {name for name, _ in self.named_parameters() if name.endswith(('.A_logs', '.Ds', '.dt_projs_bias'))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B, in_chans, H, W] -> logits [B, num_classes], or the features of a model without a classifier."""
+        return self.forward_head(self.forward_features(x))
+
+
+class HierarchicalBackbone(ScanBackbone):
     """Backbone and classifier of stages, each of which halves the map of the one before it.
 
     Takes images [B, in_chans, H, W] of any size from `min_input_size` on. Sub-classes build the parts and hand them
@@ -130,25 +163,6 @@ class HierarchicalBackbone(nn.Module):
         )
         self.num_features = self.classifier.in_features
         self.head_hidden_size = self.classifier.num_features
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise every parameter; `needs_reset` also those that constructors have initialised (`to_empty()`)."""
-
-        def init(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif needs_reset and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
-
-        self.apply(init)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that a scan is sensitive to."""
-        return {name for name, _ in self.named_parameters() if name.endswith(('.A_logs', '.Ds', '.dt_projs_bias'))}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -279,6 +293,21 @@ class HierarchicalBackbone(nn.Module):
         """Features [B, C, H', W'] -> logits [B, num_classes], or pooled features if `pre_logits`."""
         return self.classifier(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] -> logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
+
+class DistilledBackbone(HierarchicalBackbone):
+    """Hierarchical backbone whose `classifier` is a `DistilledHead`."""
+
+    classifier: DistilledHead
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training, return the logits of both classifiers, as a tuple, instead of their mean."""
+        self.classifier.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The classifier's linear layer, or the two of a model with distillation."""
+        head = self.classifier
+        layers = (head.head, head.head_dist) if head.distillation else (head.head,)
+        layers = tuple(getattr(layer, 'l', layer) for layer in layers)
+        return layers if head.distillation else layers[0]

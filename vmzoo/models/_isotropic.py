@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,13 +18,14 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from ..layers.linear import init_truncated_
 from ..layers.mamba import Scan, shuffle_paths, token_paths
 from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.patch import StridedPatchEmbed
 from ..layers.shuffle import LayerwiseShuffle
 from ..layers.ssm_init import compute_dtype
 from ..layers.tokens import ClassToken, class_token_places, column_order, drop_tokens, insert_tokens, resize_pos_embed
-from ._builder import build_model
+from ._builder import build_model, imagenet_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class IsotropicMamba(nn.Module):
     """
 
     global_pools: tuple[str, ...] = ('token', 'avg', '')
+    _init_head = staticmethod(init_truncated_)
 
     def __init__(
         self,
@@ -150,11 +153,6 @@ class IsotropicMamba(nn.Module):
         head = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
         self._init_head(head)
         return head
-
-    @staticmethod
-    def _init_head(head: nn.Linear) -> None:
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
 
     def _set_global_pool(self, global_pool: str, num_classes: int) -> None:
         if global_pool not in self.global_pools:
@@ -485,6 +483,9 @@ def fit_pyramid(state_dict: dict[str, Tensor], model: IsotropicMamba) -> dict[st
         _logger.warning('The checkpoint is a classifier: its head is dropped, the pyramid stays as initialised.')
         state_dict = state_dict | own
     return {key: value for key, value in state_dict.items() if not key.startswith('head.')}
+
+
+isotropic_cfg = partial(imagenet_cfg, pool_size=None, first_conv='patch_embed.proj', classifier='head')
 
 
 def build_isotropic(model_cls: type[IsotropicMamba], variant: str, pretrained: bool, **kwargs: Any) -> IsotropicMamba:

@@ -14,26 +14,29 @@ relative bias, which the two halves of the heads share, twice: once here. Rotary
 """
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vmzoo_kernels import get_routes, route_scan
 
 from ..layers import (
+    DepthwiseConv,
     LayerNorm,
     Linear,
     NormPoolHead,
     auto_dt_rank,
     check_attention_backend,
     compute_dtype,
+    conv_bn,
     init_A_log_,
     init_dt_bias_,
     init_dt_weight_,
+    init_truncated_,
     linear,
     na2d_av,
     na2d_qk,
@@ -41,23 +44,10 @@ from ..layers import (
     to_channels_last,
 )
 from ..layers.rope import apply_rope, pixel_rope_tables
-from ._builder import build_model
+from ._builder import build_model, imagenet_cfg
 from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ['A2Mamba']
-
-
-class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution that keeps the size of a channels-last map."""
-
-    def __init__(self, dim: int, kernel_size: int = 3, device=None, dtype=None):
-        super().__init__(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=True, device=device, dtype=dtype
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class LayerScale(nn.Module):
@@ -337,11 +327,6 @@ class A2MambaStage(Stage):
         return x
 
 
-def _conv_norm(in_chans: int, out_chans: int, stride: int, dd: dict) -> list[nn.Module]:
-    conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
-    return [conv, nn.BatchNorm2d(out_chans, **dd)]
-
-
 class Stem(nn.Sequential):
     """Four convolutions, each with its norm, that reduce an image [B, in_chans, H, W] to a map [B, H / 4, W / 4, C]."""
 
@@ -349,13 +334,13 @@ class Stem(nn.Sequential):
         dd = {'device': device, 'dtype': dtype}
         half = dim // 2
         super().__init__(
-            *_conv_norm(in_chans, half, 2, dd),
+            *conv_bn(in_chans, half, 3, 2, **dd),
             nn.GELU(),
-            *_conv_norm(half, half, 1, dd),
+            *conv_bn(half, half, 3, **dd),
             nn.GELU(),
-            *_conv_norm(half, dim, 2, dd),
+            *conv_bn(half, dim, 3, 2, **dd),
             nn.GELU(),
-            *_conv_norm(dim, dim, 1, dd),
+            *conv_bn(dim, dim, 3, **dd),
             to_channels_last(),
         )
 
@@ -368,7 +353,7 @@ class Downsample(nn.Sequential):
     """Halve a channels-last map: convolution, then batch norm."""
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
-        convolution = _conv_norm(dim, out_dim, 2, {'device': device, 'dtype': dtype})
+        convolution = conv_bn(dim, out_dim, 3, 2, device=device, dtype=dtype)
         super().__init__(to_channels_first(), *convolution, to_channels_last())
 
     def min_input(self, size: int) -> int:
@@ -481,9 +466,7 @@ class A2Mamba(HierarchicalBackbone):
         super().init_weights(needs_reset)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_truncated_(module)
 
 
 _RENAMES = [
@@ -532,25 +515,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-def _cfg(size: str, **kwargs) -> dict:
+def _cfg(size: str, crop_pct: float = 0.9) -> dict:
     repo = 'https://huggingface.co/LMMM2025/A2Mamba/resolve/main/a2mamba_pretrained_weights'
-    return {
-        'url': f'{repo}/a2mamba_{size}.pth',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.9,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.0',
-        'classifier': 'classifier.head',
-        'license': 'unknown',
-        'origin_url': 'https://github.com/LMMMEng/A2Mamba',
-        'paper_name': 'A2Mamba: Attention-augmented State Space Models for Visual Recognition',
-        'paper_ids': 'arXiv:2507.16624',
-        **kwargs,
-    }
+    return imagenet_cfg(
+        url=f'{repo}/a2mamba_{size}.pth',
+        crop_pct=crop_pct,
+        first_conv='patch_embed.0',
+        classifier='classifier.head',
+        origin_url='https://github.com/LMMMEng/A2Mamba',
+        paper_name='A2Mamba: Attention-augmented State Space Models for Visual Recognition',
+        paper_ids='arXiv:2507.16624',
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -563,16 +538,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_a2mamba(variant: str, pretrained: bool = False, **kwargs) -> A2Mamba:
-    return build_model(
-        A2Mamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_a2mamba = partial(build_model, A2Mamba, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model

@@ -18,40 +18,16 @@ exempt from weight decay.
 import re
 from functools import partial
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
-from ..layers import SS2D, LayerNorm, Linear, PatchMerging, PatchStem, VSSBlock
-from ._builder import build_model
-from ._hierarchical import HierarchicalBackbone, Stage, stage_dims
+from ..layers import SS2D, ChannelAttention, PatchMerging, PatchStem, VSSBlock
+from ._builder import build_model, imagenet_cfg
+from ._hierarchical import ChannelsFirstStage, HierarchicalBackbone, Stage, stage_dims
 
 __all__ = ['EfficientVMamba']
-
-
-class ChannelAttention(nn.Module):
-    """Weights for the channels of a map, from the mean of its normed positions.
-
-    Args:
-        dim: Channels.
-        rd_ratio: Hidden width over `dim`.
-    """
-
-    def __init__(self, dim: int, rd_ratio: float = 0.125, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        hidden_dim = max(1, int(dim * rd_ratio))
-        self.norm = LayerNorm(dim, **dd)
-        self.global_reduce = Linear(dim, hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.channel_select = Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        weights = self.channel_select(self.act(self.global_reduce(self.norm(x).mean((1, 2)))))  # [B, C]
-        return x * weights.sigmoid()[:, None, None]
 
 
 class ScanConvMixer(nn.Module):
@@ -78,14 +54,6 @@ class ScanConvMixer(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         convolved = self.conv_branch(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.se(self.scan(x)) + self.se(convolved)
-
-
-class ConvStage(Stage):
-    """A stage whose blocks take channels-first maps."""
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
-        return super().forward_blocks(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class EfficientVMamba(HierarchicalBackbone):
@@ -154,7 +122,9 @@ class EfficientVMamba(HierarchicalBackbone):
             if i < num_scan_stages:
                 stages.append(Stage([scan_block(dim, drop_path=rate, **dd) for rate in rates], down))
             else:
-                stages.append(ConvStage([_inverted_residual(dim, expand_ratio, rate, dd) for rate in rates], down))
+                stages.append(
+                    ChannelsFirstStage([_inverted_residual(dim, expand_ratio, rate, dd) for rate in rates], down)
+                )
         stem = PatchStem(in_chans, embed_dim[0], patch_size, **dd)
         super().__init__(
             stem, stages, embed_dim, in_chans, num_classes, global_pool, patch_size, drop_rate, output_stride, **dd
@@ -206,49 +176,28 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> dict:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.0',
-        'classifier': 'classifier.head',
-        'license': 'apache-2.0',
-        'origin_url': 'https://github.com/TerryPei/EfficientVMamba',
-        'paper_name': 'EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba',
-        'paper_ids': 'arXiv:2403.09977',
-        **kwargs,
-    }
-
-
-def _hub(size: str) -> str:
-    name = f'efficient_vmamba_{size.lower()}.ckpt'
-    return f'https://huggingface.co/TerryPei/EfficientVMamba-{size}/resolve/main/{name}'
+def _cfg(size: str) -> dict:
+    repo = f'https://huggingface.co/TerryPei/EfficientVMamba-{size.title()}/resolve/main'
+    return imagenet_cfg(
+        url=f'{repo}/efficient_vmamba_{size}.ckpt',
+        first_conv='patch_embed.0',
+        classifier='classifier.head',
+        license='apache-2.0',
+        origin_url='https://github.com/TerryPei/EfficientVMamba',
+        paper_name='EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba',
+        paper_ids='arXiv:2403.09977',
+    )
 
 
 default_cfgs = generate_default_cfgs(
     {
-        'efficientvmamba_tiny.in1k': _cfg(_hub('Tiny')),
-        'efficientvmamba_small.in1k': _cfg(_hub('Small')),
-        'efficientvmamba_base.in1k': _cfg(_hub('Base')),
+        'efficientvmamba_tiny.in1k': _cfg('tiny'),
+        'efficientvmamba_small.in1k': _cfg('small'),
+        'efficientvmamba_base.in1k': _cfg('base'),
     }
 )
 
-
-def _create_efficientvmamba(variant: str, pretrained: bool = False, **kwargs) -> EfficientVMamba:
-    return build_model(
-        EfficientVMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_efficientvmamba = partial(build_model, EfficientVMamba, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model

@@ -16,9 +16,9 @@ Written for timm from the paper's description of the function. What differs from
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from vmzoo_kernels import get_routes
 from vmzoo_kernels.layer_norm import layer_norm
 
 from ..layers import SS2D, ConvDownsample, DistilledHead, LayerNorm, Linear, Mlp, auto_dt_rank, grouped_linear
-from ._builder import build_model
-from ._hierarchical import HierarchicalBackbone, Stage
+from ._builder import build_model, imagenet_cfg
+from ._hierarchical import DistilledBackbone, Stage
 
 __all__ = ['GroupMamba']
 
@@ -238,7 +238,7 @@ class GroupMambaStage(Stage):
         return self.norm(super().forward_blocks(x))
 
 
-class GroupMamba(HierarchicalBackbone):
+class GroupMamba(DistilledBackbone):
     """GroupMamba backbone and classifier. Takes images [B, in_chans, H, W] of any size.
 
     The features of all stages but the last are normed, as the next one takes them. The network's final norm belongs to
@@ -309,17 +309,6 @@ class GroupMamba(HierarchicalBackbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """In training, return the logits of both classifiers, as a tuple, instead of their mean."""
-        self.classifier.distilled_training = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The classifier, or the two of a model with distillation."""
-        head = self.classifier
-        return (head.head, head.head_dist) if head.distillation else head.head
-
     def prune_intermediate_layers(
         self,
         indices: int | list[int] = 1,
@@ -371,24 +360,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-def _cfg(drive_id: str, **kwargs) -> dict:
-    return {
-        'url': f'https://drive.google.com/file/d/{drive_id}/view',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.conv.0',
-        'classifier': ('classifier.head', 'classifier.head_dist'),
-        'license': 'mit',
-        'origin_url': 'https://github.com/Amshaker/GroupMamba',
-        'paper_name': 'GroupMamba: Efficient Group-Based Visual State Space Model',
-        'paper_ids': 'arXiv:2407.13772',
-        **kwargs,
-    }
+def _cfg(drive_id: str) -> dict:
+    return imagenet_cfg(
+        url=f'https://drive.google.com/file/d/{drive_id}/view',
+        first_conv='patch_embed.conv.0',
+        classifier=('classifier.head', 'classifier.head_dist'),
+        license='mit',
+        origin_url='https://github.com/Amshaker/GroupMamba',
+        paper_name='GroupMamba: Efficient Group-Based Visual State Space Model',
+        paper_ids='arXiv:2407.13772',
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -399,16 +380,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> GroupMamba:
-    return build_model(
-        GroupMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_groupmamba = partial(build_model, GroupMamba, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model

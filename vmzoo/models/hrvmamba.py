@@ -20,69 +20,39 @@ they are the features of `features_only=True` (without a level at half of the im
 
 import logging
 import re
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ConvNormAct, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from ..layers import SS2D, DCNv4, LayerNorm, Linear, VSSBlock, check_images
-from ._builder import build_model
+from ..layers import (
+    SS2D,
+    DCNv4,
+    DepthwiseConv,
+    FusionNeck,
+    HRModule,
+    LayerNorm,
+    MultiScaleConv,
+    SqueezeExcite,
+    VSSBlock,
+    bottleneck,
+    check_images,
+    conv_bn,
+    init_truncated_,
+)
+from ._builder import build_model, imagenet_cfg
+from ._hierarchical import ScanBackbone
 
 __all__ = ['HRVMamba', 'HRVMambaBranches', 'HRVMambaPose', 'HRVMambaPyramid']
 
 _logger = logging.getLogger(__name__)
 
 _NO_CLASSIFIER = 'This form has no classifier: use num_classes=0, or one of the models for classification.'
-_KERNEL_SIZES = (3, 5, 7, 9)
-
-
-def _conv2d(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution on a channels-last map, which to PyTorch is a tensor in channels_last format: nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _init_linear(layer: nn.Linear) -> None:
-    trunc_normal_(layer.weight, std=0.02)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-class MultiScaleConv(nn.ModuleList):
-    """Depthwise convolutions of four sizes, each on a quarter of the channels, whose outputs are interleaved.
-
-    Args:
-        dim: Channels C, a multiple of 4.
-    """
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        part = dim // len(_KERNEL_SIZES)
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__([nn.Conv2d(part, part, k, padding=k // 2, groups=part, **dd) for k in _KERNEL_SIZES])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        parts = [_conv2d(conv, part) for conv, part in zip(self, x.chunk(len(self), dim=-1))]
-        return torch.stack(parts, dim=-1).flatten(-2)
-
-
-class SqueezeExcite(nn.Module):
-    """Scale the channels of a channels-last map by a function of their means."""
-
-    def __init__(self, dim: int, reduction: int = 8, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype, 'bias': False}
-        hidden = max(dim // reduction, 1)
-        self.fc = nn.Sequential(Linear(dim, hidden, **dd), nn.ReLU(), Linear(hidden, dim, **dd), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, D] -> [B, H, W, D]."""
-        return x * self.fc(x.mean(dim=(1, 2), keepdim=True))
 
 
 class DeformSS2D(SS2D):
@@ -144,139 +114,25 @@ class DVSSBlock(VSSBlock):
         **kwargs,
     ):
         dd = {'device': device, 'dtype': dtype}
-        if dim % len(_KERNEL_SIZES):
-            raise ValueError(f'The width of every branch must be a multiple of {len(_KERNEL_SIZES)}, got {dim}.')
         super().__init__(dim, mixer_layer=DeformSS2D, **kwargs, **dd)
-        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_conv else None
+        self.cpe1 = DepthwiseConv(dim, **dd) if pos_conv else None
         self.conv2d = MultiScaleConv(dim, **dd)
         self.conv_drop_path = conv_drop_path
         self.norm0 = LayerNorm(dim, **dd)
-        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_conv else None
+        self.cpe2 = DepthwiseConv(dim, **dd) if pos_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        y = x if self.cpe1 is None else x + _conv2d(self.cpe1, x)
+        y = x if self.cpe1 is None else x + self.cpe1(x)
         y = F.gelu(self.conv2d(self.norm0(y)))
         x = x + (self.drop_path(y) if self.conv_drop_path else y)
         x = x + self.drop_path(self.op(self.norm(x)))
         if self.cpe2 is not None:
-            x = x + _conv2d(self.cpe2, x)
+            x = x + self.cpe2(x)
         return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def _conv_bn(in_dim: int, dim: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd) -> list[nn.Module]:
-    padding = kernel_size // 2
-    conv = nn.Conv2d(in_dim, dim, kernel_size, stride=stride, padding=padding, groups=groups, bias=False, **dd)
-    return [conv, nn.BatchNorm2d(dim, **dd)]
-
-
-def _bottleneck(in_dim: int, dim: int, always_project: bool = False, **dd) -> Bottleneck:
-    project = always_project or in_dim != dim
-    shortcut = nn.Sequential(*_conv_bn(in_dim, dim, 1, **dd)) if project else None
-    return Bottleneck(in_dim, dim // Bottleneck.expansion, downsample=shortcut, **dd)
-
-
-def _fusion(in_dim: int, dim: int, steps: int, **dd) -> nn.Sequential:
-    """What takes a branch to the width of another: a 1x1 convolution to a finer one, `steps` halvings to a coarser."""
-    if steps < 0:
-        return nn.Sequential(*_conv_bn(in_dim, dim, 1, **dd))
-    halvings = []
-    for out_dim in [in_dim] * (steps - 1) + [dim]:
-        layers = _conv_bn(in_dim, in_dim, 3, stride=2, groups=in_dim, **dd) + _conv_bn(in_dim, out_dim, 1, **dd)
-        halvings.append(nn.Sequential(*layers, nn.ReLU()))
-    halvings[-1] = halvings[-1][:-1]
-    return nn.Sequential(*halvings)
-
-
-class HRModule(nn.Module):
-    """Blocks on every branch, then their fusion: each branch becomes the sum of all, brought to its size.
-
-    Args:
-        dims: Channels of the branches, finest first.
-        drop_path: Stochastic depth rate of each block of a branch; their number is the depth.
-        outputs: Branches that come out.
-        block_kwargs: Arguments of every block.
-    """
-
-    def __init__(
-        self,
-        dims: tuple[int, ...],
-        drop_path: list[float],
-        outputs: tuple[int, ...],
-        block_kwargs: dict,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.grad_checkpointing = False
-        self.branches = nn.ModuleList(
-            nn.Sequential(*[DVSSBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path]) for dim in dims
-        )
-        # keys are the branches' numbers, and stay so when some are pruned
-        self.fuse_layers = nn.ModuleDict()
-        for i in outputs:
-            sources = {str(j): _fusion(dim, dims[i], i - j, **dd) for j, dim in enumerate(dims) if j != i}
-            self.fuse_layers[str(i)] = nn.ModuleDict(sources)
-
-    def _forward_branch(self, branch: nn.Sequential, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = checkpoint_seq(branch, x) if self.grad_checkpointing and not torch.jit.is_scripting() else branch(x)
-        return x.permute(0, 3, 1, 2)
-
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """A map [B, C, H, W] of every branch -> one of every branch in `outputs`."""
-        maps = [self._forward_branch(branch, x) for branch, x in zip(self.branches, maps)]
-        fused = []
-        for i, sources in self.fuse_layers.items():
-            out = maps[int(i)]
-            for j, layers in sources.items():
-                y = layers(maps[int(j)])
-                if int(j) > int(i):
-                    y = F.interpolate(y, scale_factor=2 ** (int(j) - int(i)), mode='bilinear')
-                    if y.shape[-2:] != out.shape[-2:]:  # sides that are not multiples of the step
-                        y = F.interpolate(y, size=out.shape[-2:], mode='bilinear')
-                out = out + y
-            fused.append(F.relu(out))
-        return fused
-
-
-class FusionNeck(nn.Module):
-    """Widen every branch and carry the sum down, from the finest to the coarsest.
-
-    Args:
-        in_dims: Channels of the branches.
-        dims: Channels of the widened ones, multiples of 4.
-        out_dim: Channels of the coarsest map at the end.
-    """
-
-    def __init__(self, in_dims: tuple[int, ...], dims: tuple[int, ...], out_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.increase_layers = nn.ModuleList(
-            nn.Sequential(_bottleneck(in_dim, dim, always_project=True, **dd)) for in_dim, dim in zip(in_dims, dims)
-        )
-        self.downsample_layers = nn.ModuleList(
-            ConvNormAct(in_dim, dim, 3, stride=2, **dd) for in_dim, dim in pairwise(dims)
-        )
-        self.final_layer = ConvNormAct(dims[-1], out_dim, 1, **dd)
-
-    def prune(self, levels: int) -> None:
-        """Keep only what the finest `levels` maps need."""
-        if levels < len(self.increase_layers):
-            self.final_layer = nn.Identity()
-        self.increase_layers = self.increase_layers[:levels]
-        self.downsample_layers = self.downsample_layers[: levels - 1]
-
-    def forward(self, branches: list[Tensor]) -> list[Tensor]:
-        """Branches [B, C_i, H_i, W_i] -> the sum at every level, of `dims` channels, `out_dim` at the coarsest."""
-        maps = [self.increase_layers[0](branches[0])]
-        for increase, downsample, x in zip(self.increase_layers[1:], self.downsample_layers, branches[1:]):
-            maps.append(increase(x) + downsample(maps[-1]))
-        return [*maps[:-1], self.final_layer(maps[-1])]
-
-
-class HRVMambaBranches(nn.Module):
+class HRVMambaBranches(ScanBackbone):
     """HRVMamba without neck and head: images [B, in_chans, H, W] of any size -> the four branches, finest first.
 
     Args:
@@ -346,36 +202,37 @@ class HRVMambaBranches(nn.Module):
         self.pos_conv = pos_conv
         self.se = se
         self.drop_rate = drop_rate
-        block_kwargs = {
-            'pos_conv': pos_conv,
-            'conv_drop_path': conv_drop_path,
-            'mlp_ratio': mlp_ratio,
-            'd_state': d_state,
-            'ssm_ratio': ssm_ratio,
-            'dt_rank': dt_rank,
-            'offset_conv': offset_conv,
-            'dcn_pointwise': dcn_pointwise,
-            'se': se,
-        }
+        block = partial(
+            DVSSBlock,
+            pos_conv=pos_conv,
+            conv_drop_path=conv_drop_path,
+            mlp_ratio=mlp_ratio,
+            d_state=d_state,
+            ssm_ratio=ssm_ratio,
+            dt_rank=dt_rank,
+            offset_conv=offset_conv,
+            dcn_pointwise=dcn_pointwise,
+            se=se,
+        )
 
-        self.conv1, self.bn1 = _conv_bn(in_chans, 64, 3, stride=2, **dd)
-        self.conv2, self.bn2 = _conv_bn(64, 64, 3, stride=2, **dd)
+        self.conv1, self.bn1 = conv_bn(in_chans, 64, 3, stride=2, **dd)
+        self.conv2, self.bn2 = conv_bn(64, 64, 3, stride=2, **dd)
         dim = stage1_dim * Bottleneck.expansion
-        self.layer1 = nn.Sequential(_bottleneck(64, dim, **dd), _bottleneck(dim, dim, **dd))
+        self.layer1 = nn.Sequential(bottleneck(64, dim, **dd), bottleneck(dim, dim, **dd))
 
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(num_modules) * depth))
         for i, count in enumerate(num_modules):
             transition = nn.ModuleDict()
             if i == 0:
-                transition['0'] = nn.Sequential(*_conv_bn(dim, dims[0], 3, **dd), nn.ReLU())
-            new = nn.Sequential(*_conv_bn(dim if i == 0 else dims[i], dims[i + 1], 3, stride=2, **dd), nn.ReLU())
+                transition['0'] = nn.Sequential(*conv_bn(dim, dims[0], 3, **dd), nn.ReLU())
+            new = nn.Sequential(*conv_bn(dim if i == 0 else dims[i], dims[i + 1], 3, stride=2, **dd), nn.ReLU())
             transition[str(i + 1)] = nn.Sequential(new)
             modules = []
             for module in range(count):
                 is_last = i == 2 and module == count - 1
-                outputs = self.levels if is_last else tuple(range(i + 2))
                 drop_path = [next(rates) for _ in range(depth)]
-                modules.append(HRModule(dims[: i + 2], drop_path, outputs, block_kwargs, **dd))
+                branches = [[block(dim, drop_path=rate, **dd) for rate in drop_path] for dim in dims[: i + 2]]
+                modules.append(HRModule(branches, dims[: i + 2], self.levels if is_last else None, **dd))
             setattr(self, f'transition{i + 1}', transition)
             setattr(self, f'stage{i + 2}', nn.Sequential(*modules))
 
@@ -385,23 +242,6 @@ class HRVMambaBranches(nn.Module):
             for i in self.levels
         ]
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise every parameter; `needs_reset` also those that constructors have initialised (`to_empty()`)."""
-
-        def init(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                _init_linear(module)
-            elif needs_reset and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
-
-        self.apply(init)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the scan is sensitive to."""
-        return {name for name, _ in self.named_parameters() if name.endswith(('.A_logs', '.Ds', '.dt_projs_bias'))}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -511,10 +351,6 @@ class HRVMambaBranches(nn.Module):
     def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor | list[Tensor]:
         """Returns the features as they are: there is no head."""
         return x
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Image [B, in_chans, H, W] -> what `forward_head` makes of its features."""
-        return self.forward_head(self.forward_features(x))
 
 
 class HRVMambaPyramid(HRVMambaBranches):
@@ -649,14 +485,13 @@ class HRVMamba(HRVMambaBranches):
             raise ValueError('The model was pruned to its branches; a classifier needs the neck.')
         if num_classes and not pool_type:
             raise ValueError("A classifier needs pooled features: choose a global_pool other than '' or num_classes=0.")
-        if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type, **get_device_dtype(self)
+        )
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
-            _init_linear(self.head)
+            init_truncated_(self.head)
         self.train(self.training)
 
     def prune_intermediate_layers(
@@ -737,24 +572,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HRVMambaBranches)
     return weights | own
 
 
-def _cfg(file: str = '', **kwargs) -> dict:
-    return {
-        'url': f'https://drive.google.com/file/d/{file}/view' if file else '',
-        'num_classes': 1000,
+def _cfg(file: str, **kwargs) -> dict:
+    options = {
+        'url': f'https://drive.google.com/file/d/{file}/view',
         'input_size': (3, 256, 256),
         'pool_size': (8, 8),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv1',
         'classifier': 'head',
-        'license': 'unknown',
         'origin_url': 'https://github.com/zhanghao5201/HRVMamba',
         'paper_name': 'HRVMamba: High-Resolution Visual State Space Model for Dense Prediction',
         'paper_ids': 'arXiv:2410.03174',
-        **kwargs,
     }
+    return imagenet_cfg(**dict(options, **kwargs))
 
 
 def _dense_cfg(file: str, size: tuple[int, int], num_classes: int = 0) -> dict:
@@ -778,25 +607,32 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_ARGS = {
+_SIZES = {
     'nano': {'stage1_dim': 16, 'embed_dim': 8, 'pos_conv': True, 'se': True},
     'tiny': {'stage1_dim': 32, 'embed_dim': 16, 'pos_conv': True, 'se': True},
     'small': {'stage1_dim': 64, 'embed_dim': 32},
     'base': {'stage1_dim': 64, 'embed_dim': 80, 'offset_conv': True},
 }
 
+# Class and options of each form.
+_FORMS = {
+    '': (HRVMamba, {}),
+    'seg': (HRVMambaPyramid, {}),
+    'pose': (HRVMambaPose, {'conv_drop_path': False}),
+    'crowdpose': (HRVMambaBranches, {'conv_drop_path': False}),
+}
 
-def _create_hrvmamba(
-    variant: str, pretrained: bool = False, cls: type[HRVMambaBranches] = HRVMamba, **kwargs
-) -> HRVMambaBranches:
-    size = variant.split('_')[1]
+
+def _create_hrvmamba(variant: str, pretrained: bool = False, **kwargs) -> HRVMambaBranches:
+    _, size, *form = variant.split('_')
+    model_cls, form_args = _FORMS[''.join(form)]
     return build_model(
-        cls,
+        model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': cls.levels, 'feature_cls': 'getter'},
-        **dict(_ARGS[size], **kwargs),
+        feature_cfg={'out_indices': model_cls.levels},
+        **{**_SIZES[size], **form_args, **kwargs},
     )
 
 
@@ -830,39 +666,34 @@ def hrvmamba_tiny_pose(pretrained: bool = False, **kwargs) -> HRVMambaPose:
 
     The published code names blocks without `pos_conv` and `se`, the name of the published file those with them.
     """
-    model_args = {'conv_drop_path': False}
-    return _create_hrvmamba('hrvmamba_tiny_pose', pretrained, HRVMambaPose, **dict(model_args, **kwargs))
+    return _create_hrvmamba('hrvmamba_tiny_pose', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hrvmamba_small_pose(pretrained: bool = False, **kwargs) -> HRVMambaPose:
     """HRVMamba-S for 17 keypoints, 8.0 M parameters, 74.6 AP on COCO at 256x192, 76.4 at 384x288."""
-    model_args = {'conv_drop_path': False}
-    return _create_hrvmamba('hrvmamba_small_pose', pretrained, HRVMambaPose, **dict(model_args, **kwargs))
+    return _create_hrvmamba('hrvmamba_small_pose', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hrvmamba_base_pose(pretrained: bool = False, **kwargs) -> HRVMambaPose:
     """HRVMamba-B for 17 keypoints, 47.1 M parameters, 76.5 AP on COCO at 256x192, 77.7 at 384x288."""
-    model_args = {'conv_drop_path': False}
-    return _create_hrvmamba('hrvmamba_base_pose', pretrained, HRVMambaPose, **dict(model_args, **kwargs))
+    return _create_hrvmamba('hrvmamba_base_pose', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hrvmamba_small_crowdpose(pretrained: bool = False, **kwargs) -> HRVMambaBranches:
     """HRVMamba-S for bottom-up poses, 8.2 M parameters, 68.8 AP on CrowdPose with a DEKR head (drop path 0.2)."""
-    model_args = {'conv_drop_path': False}
-    return _create_hrvmamba('hrvmamba_small_crowdpose', pretrained, HRVMambaBranches, **dict(model_args, **kwargs))
+    return _create_hrvmamba('hrvmamba_small_crowdpose', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hrvmamba_base_crowdpose(pretrained: bool = False, **kwargs) -> HRVMambaBranches:
     """HRVMamba-B for bottom-up poses, 47.5 M parameters, 69.6 AP on CrowdPose with a DEKR head (drop path 0.6)."""
-    model_args = {'conv_drop_path': False}
-    return _create_hrvmamba('hrvmamba_base_crowdpose', pretrained, HRVMambaBranches, **dict(model_args, **kwargs))
+    return _create_hrvmamba('hrvmamba_base_crowdpose', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def hrvmamba_base_seg(pretrained: bool = False, **kwargs) -> HRVMambaPyramid:
     """HRVMamba-B for segmentation, 58.5 M parameters, 51.4 mIoU on ADE20K with UPerNet (drop path 0.15)."""
-    return _create_hrvmamba('hrvmamba_base_seg', pretrained, HRVMambaPyramid, **kwargs)
+    return _create_hrvmamba('hrvmamba_base_seg', pretrained=pretrained, **kwargs)

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from ..layers.linear import Linear
 from ..layers.mamba import TokenPaths, VimBlock, token_paths
 from ..layers.norm import LayerNorm
-from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, norm_class
+from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, isotropic_cfg, norm_class
 
 __all__ = ['LBVim', 'LBVimBackbone']
 
@@ -216,32 +215,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: IsotropicMamba) -
     return state_dict
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'paper_name': 'LBMamba: Locally Bi-directional Mamba',
-        'paper_ids': 'arXiv:2506.15976',
-        'origin_url': 'https://github.com/cvlab-stonybrook/LBMamba',
-        'license': 'unknown',
-        **kwargs,
-    }
-
-
-def _fixed_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(fixed_input_size=True, **kwargs)
-
-
-def _backbone_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 512, 512), classifier=None)
+_cfg = partial(
+    isotropic_cfg,
+    paper_name='LBMamba: Locally Bi-directional Mamba',
+    paper_ids='arXiv:2506.15976',
+    origin_url='https://github.com/cvlab-stonybrook/LBMamba',
+)
+_fixed_cfg = partial(_cfg, fixed_input_size=True)
+_backbone_cfg = partial(_cfg, num_classes=0, input_size=(3, 512, 512), classifier=None)
 
 
 default_cfgs = generate_default_cfgs(

@@ -19,107 +19,23 @@ residual depthwise convolutions and channel scales into the layers beside them. 
 have other names, so that weights have to be loaded before.
 """
 
-import copy
 import math
 import re
-from collections import OrderedDict
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import SS2D, DistilledHead, Linear, init_linear_weight_
-from ._builder import build_model
-from ._hierarchical import HierarchicalBackbone, Stage
+from ..layers import SS2D, ConvNorm, DistilledHead, HaarTransform, NormLinear, PointwiseNorm, init_linear_weight_
+from ._builder import build_model, imagenet_cfg
+from ._hierarchical import ChannelsFirstStage, DistilledBackbone
 
 __all__ = ['MobileMamba']
 
 # Training checkpoints hold both; the stated accuracies are those of the averaged weights.
 PREFERRED_WRAPPER = 'net_E'
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution without bias and batch norm; keeps the size of a map, but for the stride.
-
-    Args:
-        in_dim: Channels of the input.
-        dim: Channels of the output.
-        kernel_size: Of the convolution, odd.
-        stride: Of the convolution.
-        groups: Of the convolution.
-        norm_init: Initial weight of the norm.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        norm_init: float = 1.0,
-        device=None,
-        dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
-        super().__init__(OrderedDict(c=conv, bn=nn.BatchNorm2d(dim, **dd)))
-        self.norm_init = norm_init
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the weight of the norm."""
-        nn.init.constant_(self.bn.weight, self.norm_init)
-
-    def fuse(self) -> nn.Module:
-        """The same function in evaluation as one layer."""
-        return fuse_conv_bn_eval(self.c, self.bn)
-
-
-class PointwiseNorm(ConvNorm):
-    """1x1 convolution and batch norm of a channels-last map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, in_dim] -> [B, H, W, dim]."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The same function in evaluation as one layer."""
-        conv = super().fuse()
-        layer = Linear(conv.in_channels, conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
-        layer.weight.copy_(conv.weight.flatten(1))
-        layer.bias.copy_(conv.bias)
-        return layer
-
-
-class NormLinear(nn.Sequential):
-    """Batch norm and linear layer, on vectors.
-
-    Args:
-        in_features: Channels of the input.
-        out_features: Channels of the output.
-    """
-
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            OrderedDict(bn=nn.BatchNorm1d(in_features, **dd), l=nn.Linear(in_features, out_features, **dd))
-        )
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Linear:
-        """The same function in evaluation as one layer."""
-        norm, linear = self.bn, self.l
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        layer = copy.deepcopy(linear)
-        layer.weight *= scale
-        layer.bias += linear.weight @ (norm.bias - norm.running_mean * scale)
-        return layer
 
 
 class Residual(nn.Module):
@@ -224,10 +140,6 @@ class BidirectionalSS2D(SS2D):
         nn.init.ones_(self.Ds)
 
 
-# Low and high frequencies of a 2x2 cell: the mean, then the differences of rows, of columns and of diagonals.
-_HAAR = ((1, 1), (1, 1)), ((1, 1), (-1, -1)), ((1, -1), (1, -1)), ((1, -1), (-1, 1))
-
-
 class WaveletScan(nn.Module):
     """Global part of the mixer: a scan, plus a depthwise convolution of the bands of a Haar wavelet transform.
 
@@ -246,29 +158,13 @@ class WaveletScan(nn.Module):
             4 * dim, 4 * dim, kernel_size, padding=kernel_size // 2, groups=4 * dim, bias=False, **dd
         )
         self.wavelet_scale = Scale(4 * dim, init=0.1, **dd)
-        self.register_buffer('haar', torch.empty(4 * dim, 1, 2, 2, **dd), persistent=False)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set the filters of the transform, which are constants."""
-        filters = 0.5 * torch.tensor(_HAAR, dtype=self.haar.dtype, device=self.haar.device)
-        self.haar.copy_(filters.unsqueeze(1).repeat(len(self.haar) // 4, 1, 1, 1))
-
-    def analyze(self, x: Tensor) -> Tensor:
-        """Wavelet transform [B, dim, H, W] -> [B, 4 * dim, H / 2, W / 2], after filling up odd sides with zeros."""
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return F.conv2d(x, self.haar, stride=2, groups=x.shape[1])
-
-    def synthesize(self, x: Tensor) -> Tensor:
-        """Inverse transform [B, 4 * dim, H, W] -> [B, dim, 2 * H, 2 * W]: the filters are orthonormal."""
-        return F.conv_transpose2d(x, self.haar, stride=2, groups=x.shape[1] // 4)
+        self.haar = HaarTransform(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, dim, H, W] -> [B, dim, H, W]."""
         y = self.scan(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        bands = self.wavelet_scale(self.wavelet_conv(self.analyze(x)))
-        return self.base_scale(y) + self.synthesize(bands)[:, :, : x.shape[2], : x.shape[3]]
+        bands = self.wavelet_scale(self.wavelet_conv(self.haar(x)))
+        return self.base_scale(y) + self.haar.inverse(bands)[:, :, : x.shape[2], : x.shape[3]]
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -454,15 +350,7 @@ class MobileMambaStem(nn.Sequential):
         return super().forward(x).permute(0, 2, 3, 1)
 
 
-class MobileMambaStage(Stage):
-    """Stage whose blocks take channels-first maps."""
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], without the downsampling."""
-        return super().forward_blocks(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class MobileMamba(HierarchicalBackbone):
+class MobileMamba(DistilledBackbone):
     """MobileMamba backbone and classifier. Takes images [B, in_chans, H, W] of any size.
 
     Its features are the stem's map and the outputs of the stages, of strides 16, 16, 32 and 64.
@@ -519,7 +407,7 @@ class MobileMamba(HierarchicalBackbone):
             raise ValueError(f'kernel_size must be odd, got {tuple(kernel_size)}.')
         dims = (embed_dim[0], *embed_dim)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        stages = [MobileMambaStage([])]  # whose features are those of the stem
+        stages = [ChannelsFirstStage([])]  # whose features are those of the stem
         for i, rates in enumerate(drop_path):
             mixer_kwargs = {
                 'global_ratio': global_ratio[i],
@@ -529,7 +417,7 @@ class MobileMamba(HierarchicalBackbone):
             }
             blocks = [MobileMambaBlock(embed_dim[i], drop_path=rate, **mixer_kwargs, **dd) for rate in rates]
             is_last = i == len(depths) - 1
-            stages.append(MobileMambaStage(blocks, None if is_last else Downsample(*embed_dim[i : i + 2], **dd)))
+            stages.append(ChannelsFirstStage(blocks, None if is_last else Downsample(*embed_dim[i : i + 2], **dd)))
         head = DistilledHead(dims[-1], num_classes, global_pool, drop_rate, distillation, layer=NormLinear, **dd)
         super().__init__(
             MobileMambaStem(in_chans, dims[0], **dd),
@@ -543,19 +431,6 @@ class MobileMamba(HierarchicalBackbone):
             **dd,
         )
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """In training, return the logits of both classifiers, as a tuple, instead of their mean."""
-        self.classifier.distilled_training = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The classifier's linear layer, or the two of a model with distillation."""
-        head = self.classifier
-        layers = (head.head, head.head_dist) if head.distillation else (head.head,)
-        layers = tuple(getattr(layer, 'l', layer) for layer in layers)
-        return layers if head.distillation else layers[0]
 
     @torch.jit.ignore
     def fuse(self) -> 'MobileMamba':
@@ -614,24 +489,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-def _cfg(drive_id: str, size: int, **kwargs) -> dict:
-    return {
-        'url': f'https://drive.google.com/file/d/{drive_id}/view',
-        'num_classes': 1000,
-        'input_size': (3, size, size),
-        'pool_size': (math.ceil(size / 64), math.ceil(size / 64)),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.0.c',
-        'classifier': 'classifier.head.l',
-        'license': 'mit',
-        'origin_url': 'https://github.com/lewandofskee/MobileMamba',
-        'paper_name': 'MobileMamba: Lightweight Multi-Receptive Visual Mamba Network',
-        'paper_ids': 'arXiv:2411.15941',
-        **kwargs,
-    }
+def _cfg(drive_id: str, size: int) -> dict:
+    side = math.ceil(size / 64)
+    return imagenet_cfg(
+        url=f'https://drive.google.com/file/d/{drive_id}/view',
+        input_size=(3, size, size),
+        pool_size=(side, side),
+        first_conv='patch_embed.0.c',
+        classifier='classifier.head.l',
+        license='mit',
+        origin_url='https://github.com/lewandofskee/MobileMamba',
+        paper_name='MobileMamba: Lightweight Multi-Receptive Visual Mamba Network',
+        paper_ids='arXiv:2411.15941',
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -653,15 +523,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_mobilemamba(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
-    return build_model(
-        MobileMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_mobilemamba = partial(
+    build_model,
+    MobileMamba,
+    pretrained_filter_fn=checkpoint_filter_fn,
+    feature_cfg={'out_indices': (1, 2, 3)},
+)
 
 
 @register_model

@@ -15,13 +15,13 @@ are pooled with a last row or column of their own, where the published code fail
 
 import logging
 import re
+from functools import partial
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ._builder import build_model
+from ._builder import build_model, imagenet_cfg
 from .vmamba import V0_ARGS, VMamba
 from .vmamba import checkpoint_filter_fn as vmamba_filter_fn
 
@@ -114,27 +114,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return weights | given
 
 
-def _cfg(url: str = '', **kwargs) -> dict:
-    return {
-        'url': url,
-        'num_classes': 241,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.0',
-        'classifier': 'classifier.head',
-        'license': 'unknown',
-        'origin_url': 'https://github.com/ChiShengChen/ResVMamba',
-        'paper_name': (
-            'Res-VMamba: Fine-Grained Food Category Visual Classification Using Selective State Space Models with Deep '
-            'Residual Learning'
-        ),
-        'paper_ids': 'arXiv:2402.15761',
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    num_classes=241,
+    first_conv='patch_embed.0',
+    classifier='classifier.head',
+    origin_url='https://github.com/ChiShengChen/ResVMamba',
+    paper_name=(
+        'Res-VMamba: Fine-Grained Food Category Visual Classification Using Selective State Space Models with Deep '
+        'Residual Learning'
+    ),
+    paper_ids='arXiv:2402.15761',
+)
 
 
 default_cfgs = generate_default_cfgs(
@@ -142,7 +133,7 @@ default_cfgs = generate_default_cfgs(
         'resvmamba_tiny.untrained': _cfg(),
         # trained with a head of 1000 classes, of which the first 241 occur
         'resvmamba_small.cnfood241': _cfg(
-            'https://huggingface.co/ms57rd/Res-VMamba/resolve/main/ckpt_epoch_166.pth', num_classes=1000
+            url='https://huggingface.co/ms57rd/Res-VMamba/resolve/main/ckpt_epoch_166.pth', num_classes=1000
         ),
         'resvmamba_base.untrained': _cfg(),
     }
@@ -150,16 +141,7 @@ default_cfgs = generate_default_cfgs(
 
 _ARGS = {**V0_ARGS, 'downsample': 'merge'}
 
-
-def _create_resvmamba(variant: str, pretrained: bool = False, **kwargs) -> ResVMamba:
-    return build_model(
-        ResVMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_resvmamba = partial(build_model, ResVMamba, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model

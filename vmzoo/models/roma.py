@@ -21,13 +21,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from ..layers.tokens import ClassToken, insert_tokens
-from ._isotropic import Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, scaling_levels
+from ._isotropic import Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, isotropic_cfg, scaling_levels
 from .shufflemamba import MambaMlp
 
 __all__ = ['RoMA', 'RoMADense']
@@ -124,29 +123,14 @@ def _from_pretraining(state_dict: dict[str, Tensor], model: RoMA) -> dict[str, T
     return kept | fresh
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'fixed_input_size': True,
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'paper_name': 'RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing',
-        'paper_ids': 'arXiv:2503.10392',
-        'origin_url': 'https://github.com/MiliLab/RoMA',
-        'license': 'unknown',
-        **kwargs,
-    }
-
-
-def _dense_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 384, 384), classifier=None)
+_cfg = partial(
+    isotropic_cfg,
+    fixed_input_size=True,
+    paper_name='RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing',
+    paper_ids='arXiv:2503.10392',
+    origin_url='https://github.com/MiliLab/RoMA',
+)
+_dense_cfg = partial(_cfg, num_classes=0, input_size=(3, 384, 384), classifier=None)
 
 
 default_cfgs = generate_default_cfgs(

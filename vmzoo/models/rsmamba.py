@@ -28,7 +28,7 @@ from ..layers.mamba import MambaMixer, TokenPaths, make_paths
 from ..layers.norm import LayerNorm
 from ..layers.shuffle import fixed_order, random_order
 from ..layers.tokens import ClassToken
-from ._isotropic import IsotropicMamba, build_isotropic, fit_pos_embed
+from ._isotropic import IsotropicMamba, build_isotropic, fit_pos_embed, isotropic_cfg
 
 __all__ = ['RSMamba']
 
@@ -240,24 +240,18 @@ def _our_key(key: str) -> str:
 def _cfg(dataset: str, file: str = '') -> dict[str, Any]:
     mean, std, classes = _DATASETS[dataset]
     labels = tuple(classes.split())
-    return {
-        'url': f'https://huggingface.co/KyanChen/RSMamba/resolve/main/{file}' if file else '',
-        'num_classes': len(labels),
-        'label_names': labels,
-        'input_size': (3, 224, 224),
-        'fixed_input_size': True,
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': tuple(round(value / 255, 6) for value in mean),
-        'std': tuple(round(value / 255, 6) for value in std),
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'paper_name': 'RSMamba: Remote Sensing Image Classification with State Space Model',
-        'paper_ids': 'arXiv:2403.19654',
-        'origin_url': 'https://github.com/KyanChen/RSMamba',
-        'license': 'apache-2.0',
-    }
+    return isotropic_cfg(
+        url=f'https://huggingface.co/KyanChen/RSMamba/resolve/main/{file}' if file else '',
+        num_classes=len(labels),
+        label_names=labels,
+        fixed_input_size=True,
+        mean=tuple(round(value / 255, 6) for value in mean),
+        std=tuple(round(value / 255, 6) for value in std),
+        paper_name='RSMamba: Remote Sensing Image Classification with State Space Model',
+        paper_ids='arXiv:2403.19654',
+        origin_url='https://github.com/KyanChen/RSMamba',
+        license='apache-2.0',
+    )
 
 
 default_cfgs = generate_default_cfgs(

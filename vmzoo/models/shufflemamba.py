@@ -21,16 +21,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.linear import Linear
+from ..layers.linear import Linear, init_truncated_
 from ..layers.mamba import MambaMlpBlock, Scan, VimBlock
 from ..layers.norm import LayerNorm
 from ..layers.tokens import ClassToken, insert_tokens
-from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, norm_class
+from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, isotropic_cfg, norm_class
 
 __all__ = ['MambaMlp', 'MambaReg', 'ShuffleMamba', 'ShuffleMambaBackbone']
 
@@ -72,9 +71,7 @@ class ShuffleMamba(IsotropicMamba):
             nn.init.zeros_(self.cls_token)
         for name, module in self.layers.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith('out_proj'):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_truncated_(module)
 
 
 class ShuffleMambaBackbone(Pyramid, ShuffleMamba):
@@ -261,38 +258,20 @@ def _without_classifier(state_dict: dict[str, Tensor], model: ShuffleMambaBackbo
     return state_dict | missing
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'paper_name': 'Stochastic Layer-Wise Shuffle for Improving Vision Mamba Training',
-        'paper_ids': 'arXiv:2408.17081',
-        'origin_url': 'https://github.com/huangzizheng01/ShuffleMamba',
-        'license': 'unknown',
-        **kwargs,
-    }
-
-
-def _fixed_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(fixed_input_size=True, **kwargs)
+_cfg = partial(
+    isotropic_cfg,
+    paper_name='Stochastic Layer-Wise Shuffle for Improving Vision Mamba Training',
+    paper_ids='arXiv:2408.17081',
+    origin_url='https://github.com/huangzizheng01/ShuffleMamba',
+)
+_fixed_cfg = partial(_cfg, fixed_input_size=True)
+_seg_cfg = partial(_cfg, num_classes=0, input_size=(3, 512, 512), classifier=None)
 
 
 def _reg_cfg(file: str = '') -> dict[str, Any]:
     url = f'https://huggingface.co/Wangf3014/Mamba-Reg/resolve/main/{file}' if file else ''
     description = "Mamba-Reg's own weights, to which the published code points; trained without the shuffle."
     return _fixed_cfg(url=url, crop_pct=1.0, description=description if url else None)
-
-
-def _seg_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 512, 512), classifier=None)
 
 
 default_cfgs = generate_default_cfgs(

@@ -22,14 +22,22 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.mamba import TokenPaths, VimBlock
 from ..layers.rope import apply_rope, rope_tables
 from ..layers.tokens import ClassToken, class_token_places, drop_tokens, insert_tokens
-from ._isotropic import IsotropicMamba, Pyramid, build_isotropic, fit_pos_embed, fit_pyramid, norm_class, scaling_levels
+from ._isotropic import (
+    IsotropicMamba,
+    Pyramid,
+    build_isotropic,
+    fit_pos_embed,
+    fit_pyramid,
+    isotropic_cfg,
+    norm_class,
+    scaling_levels,
+)
 
 __all__ = ['VisionMamba', 'VisionMambaPyramid']
 
@@ -166,33 +174,23 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
 
 def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
     url = f'https://huggingface.co/hustvl/{file}' if file else ''
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'fixed_input_size': True,
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'paper_name': 'Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model',
-        'paper_ids': 'arXiv:2401.09417',
-        'origin_url': 'https://github.com/hustvl/Vim',
-        'license': 'other' if url else 'apache-2.0',
-        'description': (
+    return isotropic_cfg(
+        url=url,
+        fixed_input_size=True,
+        paper_name='Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model',
+        paper_ids='arXiv:2401.09417',
+        origin_url='https://github.com/hustvl/Vim',
+        license='other' if url else 'apache-2.0',
+        description=(
             'Licence of the weights unclear: their model card is tagged apache-2.0, but its text says non-commercial.'
             if url
             else None
         ),
         **kwargs,
-    }
+    )
 
 
-def _seg_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(num_classes=0, input_size=(3, 512, 512), classifier=None, **kwargs)
+_seg_cfg = partial(_cfg, num_classes=0, input_size=(3, 512, 512), classifier=None)
 
 
 default_cfgs = generate_default_cfgs(

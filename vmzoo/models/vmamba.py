@@ -19,8 +19,8 @@ are exempt from weight decay.
 """
 
 import re
+from functools import partial
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ..layers import (
     PatchStem,
     VSSBlock,
 )
-from ._builder import build_model
+from ._builder import build_model, imagenet_cfg
 from ._hierarchical import HierarchicalBackbone, Stage, stage_dims
 
 __all__ = ['VMamba']
@@ -196,23 +196,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _cfg(file: str = '', **kwargs) -> dict:
-    return {
-        'url': f'https://github.com/MzeroMiko/VMamba/releases/download/{file}' if file else '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.0',
-        'classifier': 'classifier.head',
-        'license': 'mit',
-        'origin_url': 'https://github.com/MzeroMiko/VMamba',
-        'paper_name': 'VMamba: Visual State Space Model',
-        'paper_ids': 'arXiv:2401.10166',
+    return imagenet_cfg(
+        url=f'https://github.com/MzeroMiko/VMamba/releases/download/{file}' if file else '',
+        first_conv='patch_embed.0',
+        classifier='classifier.head',
+        license='mit',
+        origin_url='https://github.com/MzeroMiko/VMamba',
+        paper_name='VMamba: Visual State Space Model',
+        paper_ids='arXiv:2401.10166',
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -236,16 +229,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
-    return build_model(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_vmamba = partial(build_model, VMamba, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model
