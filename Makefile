@@ -1,7 +1,9 @@
 # Every target sets up .venv on its first call; a later call installs again only if setup.py or constraints.txt changed.
-# PIP_FIND_LINKS and pip's other variables pass through. DEMO_ARGS goes to the demo's training (DEMO_ARGS='--epochs 1').
+# PIP_FIND_LINKS and pip's other variables pass through. WORKERS is how many processes test side by side, each with one
+# thread and up to 3 GiB of memory. DEMO_ARGS goes to the demo's training (DEMO_ARGS='--epochs 1').
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -18,7 +20,7 @@ demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, 1 to 2 minut
 	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits
 
 test: $(VENV)/installed-train,mm,dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-train,mm,dev  ## check style and formatting
 	$(BIN)/ruff check .

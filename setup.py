@@ -79,7 +79,15 @@ setup(
             'onedl-mmdetection>=3.5.1,<4',
             'onedl-mmpretrain>=1.3.6,<2',
         ],
-        'dev': ['pytest>=8', 'ruff>=0.9', 'pre-commit>=3.5', 'pyyaml', 'scikit-image>=0.22', 'setuptools>=70.1'],
+        'dev': [
+            'pytest>=8',
+            'pytest-xdist>=3.5',
+            'ruff>=0.9',
+            'pre-commit>=3.5',
+            'pyyaml',
+            'scikit-image>=0.22',
+            'setuptools>=70.1',
+        ],
     },
     entry_points={'console_scripts': ['vmzoo = vmzoo.cli.main:main']},
     classifiers=[

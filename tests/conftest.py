@@ -9,12 +9,14 @@ from pathlib import Path
 # imports Triton, as torch does.
 if not Path('/dev/nvidiactl').exists() and not Path('/dev/kfd').exists():
     os.environ['TRITON_INTERPRET'] = '1'
+# Tests run small tensors, where waiting for a second thread costs more than it gives: 60 times more on a busy machine.
+# This is for the processes that tests start; see below for their own.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
 import torch
 
-# Tests run small tensors, where waiting for a second thread costs more than it gives: 60 times more on a busy machine.
 torch.set_num_threads(1)
 
 _LIBRARY = ('vmzoo.', 'vmzoo_kernels.')

@@ -136,7 +136,7 @@ def test_make_installs_once(tmp_path):
     assert first[1].endswith('install --disable-pip-version-check -c constraints.txt -e .[train]')
     assert make('install') == []
     assert make('test')[0].endswith('-e .[train,mm,dev]')
-    assert make('test') == ['-m pytest']
+    assert make('test') == ['-m pytest -n 2 --dist loadfile']
     later = (tmp_path / '.venv/installed-train').stat().st_mtime + 5
     os.utime(tmp_path / 'setup.py', (later, later))
     assert make('install')[0].endswith('-e .[train]')

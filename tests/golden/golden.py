@@ -69,6 +69,11 @@ def load(name, root=DIR):
         return json.loads(file['meta'].tobytes()), outputs
 
 
+def names(family):
+    """Names of a family's fixtures, sorted."""
+    return sorted(path.stem for path in (DIR / family).glob('*.npz'))
+
+
 def error(got, want):
     """Relative L2 error of an output array against a stored one: ||got - want|| / ||want||; inf on NaN or a shape
     mismatch."""

@@ -1,7 +1,6 @@
 """EfficientViM, which is timm's, equals the published implementation with the authors' keys and shapes."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from golden.models import errors, fill
 
 import vmzoo
 
-NAMES = sorted(path.stem for path in (Path(golden.DIR) / 'efficientvim').glob('*.npz'))
+NAMES = golden.names('efficientvim')
 CLASSIFIERS = [name for name in NAMES if not name.endswith('_backbone')]
 
 

@@ -1,7 +1,6 @@
 """LBVim equals the published implementation: same keys and shapes, same numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from golden.models import errors, fill
 
 import vmzoo  # noqa: F401 (registers the models)
 
-NAMES = sorted(path.stem for path in (Path(golden.DIR) / 'lbmamba').glob('*.npz'))
+NAMES = golden.names('lbmamba')
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from golden.models import errors, fill
 import vmzoo
 from vmzoo.models.roma import RoMA
 
-NAMES = sorted(path.stem for path in (golden.DIR / 'roma').glob('*.npz') if 'dense' not in path.stem)
+NAMES = [name for name in golden.names('roma') if 'dense' not in name]
 LARGE = [name for name in NAMES if re.search('large|huge', name)]
 
 

@@ -7,7 +7,7 @@ import torch
 from golden import golden
 from golden.models import errors, fill
 
-NAMES = sorted(path.stem for path in (golden.DIR / 'rsmamba').glob('*.npz'))
+NAMES = golden.names('rsmamba')
 
 
 def options(config: dict) -> dict:

@@ -10,7 +10,7 @@ from golden.models import errors, fill
 
 from vmzoo.models._isotropic import IsotropicMamba
 
-NAMES = sorted(path.stem for path in (golden.DIR / 'shufflemamba').glob('*.npz'))
+NAMES = golden.names('shufflemamba')
 LARGE = [name for name in NAMES if 'large' in name]
 CLASSIFIERS = [name for name in NAMES if name not in LARGE and not re.search('_(train|backbone)$', name)]
 

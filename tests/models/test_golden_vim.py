@@ -1,7 +1,6 @@
 """Vim equals the published implementation: same keys and shapes, same numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +11,7 @@ from golden.models import errors, fill
 import vmzoo
 from vmzoo.models.vim import VisionMamba, VisionMambaPyramid
 
-NAMES = sorted(path.stem for path in (Path(golden.DIR) / 'vim').glob('*.npz') if not path.stem.startswith('pos_embed_'))
+NAMES = [name for name in golden.names('vim') if not name.startswith('pos_embed_')]
 
 
 def build(name: str, config: dict) -> VisionMamba:

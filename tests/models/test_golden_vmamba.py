@@ -1,7 +1,6 @@
 """VMamba equals the published implementation: same keys and shapes, same numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +11,7 @@ from golden.models import errors, fill
 
 import vmzoo
 
-NAMES = sorted(path.stem for path in (Path(golden.DIR) / 'vmamba').glob('*.npz'))
+NAMES = golden.names('vmamba')
 
 # Our options for the published `forward_type`.
 MIXERS = {
