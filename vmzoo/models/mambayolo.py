@@ -15,6 +15,7 @@ Written for timm from the paper's description of the function. What differs from
 """
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import ConvBnAct, NormPoolHead, ODSSBlock
-from ._builder import build_model
+from ._builder import build_model, imagenet_cfg
 from ._hierarchical import HierarchicalBackbone, Stage, stage_dims
 
 __all__ = ['MambaYOLO']
@@ -224,24 +225,21 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> dict:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 640, 640),
-        'pool_size': (20, 20),
-        'crop_pct': 1.0,
-        'interpolation': 'bilinear',
-        'mean': (0.0, 0.0, 0.0),
-        'std': (1.0, 1.0, 1.0),
-        'first_conv': 'patch_embed.0.conv',
-        'classifier': 'classifier.head',
-        'license': 'apache-2.0',
-        'origin_url': 'https://github.com/HZAI-ZJNU/Mamba-YOLO',
-        'paper_name': 'Mamba YOLO: A Simple Baseline for Object Detection with State Space Model',
-        'paper_ids': 'arXiv:2406.05835',
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    input_size=(3, 640, 640),
+    pool_size=(20, 20),
+    crop_pct=1.0,
+    interpolation='bilinear',
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    first_conv='patch_embed.0.conv',
+    classifier='classifier.head',
+    license='apache-2.0',
+    origin_url='https://github.com/HZAI-ZJNU/Mamba-YOLO',
+    paper_name='Mamba YOLO: A Simple Baseline for Object Detection with State Space Model',
+    paper_ids='arXiv:2406.05835',
+)
 
 
 default_cfgs = generate_default_cfgs(
@@ -252,16 +250,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-def _create_mambayolo(variant: str, pretrained: bool = False, **kwargs) -> MambaYOLO:
-    return build_model(
-        MambaYOLO,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
+_create_mambayolo = partial(build_model, MambaYOLO, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_model
