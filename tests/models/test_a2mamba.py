@@ -4,7 +4,6 @@ import fake_natten
 import pytest
 import timm
 import torch
-import torch._dynamo.testing
 from golden import golden
 
 import vmzoo
@@ -12,6 +11,7 @@ from vmzoo.layers.rope import apply_rope, pixel_rope_tables
 from vmzoo.models.a2mamba import A2MambaBlock, AttentiveScan, checkpoint_filter_fn, resize_bias
 from vmzoo_kernels import selective_scan
 
+from .checks import count_graphs
 from .exemptions import SMALL
 
 
@@ -197,12 +197,6 @@ def test_initialisation():
 
 
 def test_new_sizes_do_not_recompile():
-    model = small(num_classes=10, depths=(1, 1), window_size=(3, 1), mlp_ratio=2.0).eval()
-    graphs = torch._dynamo.testing.CompileCounter()
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
-    with torch.no_grad():
-        for height, width in ((48, 32), (53, 38), (24, 40)):
-            x = torch.randn(2, 3, height, width)
-            torch.testing.assert_close(compiled(x), model(x))
-    assert graphs.frame_count <= 2  # once more where the attention's dilation depends on the size
+    model = small(num_classes=10, depths=(1, 1), window_size=(3, 1), mlp_ratio=2.0)
+    # once more where the attention's dilation depends on the size
+    assert count_graphs(model, [(48, 32), (53, 38), (24, 40)]) <= 2

@@ -11,6 +11,8 @@ from torch import Tensor
 import vmzoo
 from vmzoo.models.roma import RoMA
 
+from .checks import assert_sizes_agree
+
 SMALL = {'img_size': 64, 'depth': 3, 'embed_dim': 32}
 
 
@@ -34,17 +36,7 @@ def test_average_is_of_the_means_before_and_after_the_class_token(size):
 
 
 def test_every_way_to_another_image_size_agrees():
-    source, dynamic, built = small(), small(dynamic_img_size=True), small(img_size=(48, 112))
-    dynamic.load_state_dict(source.state_dict())
-    built.load_state_dict(vmzoo.convert_state_dict(source.state_dict(), built))
-    source.set_input_size((48, 112))
-    x = images(48, 112)
-    with torch.inference_mode():
-        want = built(x)
-        assert torch.equal(source(x), want)
-        assert torch.equal(dynamic(x), want)
-    with pytest.raises(ValueError, match='built for images of 48x112, got 64x64'):
-        built(images())
+    assert_sizes_agree(small, 48, 112)
 
 
 def pretraining_weights() -> dict[str, Tensor]:

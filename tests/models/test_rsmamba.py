@@ -9,6 +9,8 @@ from vmzoo.layers.mamba import MambaMixer, make_paths
 from vmzoo.layers.shuffle import fixed_order
 from vmzoo.models.rsmamba import MultiPathMixer, RSMamba
 
+from .checks import assert_sizes_agree
+
 
 def small(**kwargs) -> RSMamba:
     return timm.create_model('rsmamba_base', **{'img_size': 64, 'depth': 3, 'embed_dim': 32, **kwargs}).eval()
@@ -91,17 +93,7 @@ def test_patches_start_at_every_stride_of_a_padded_image(size, grid):
 
 
 def test_every_way_to_another_image_size_agrees():
-    source, dynamic, built = small(), small(dynamic_img_size=True), small(img_size=(41, 90))
-    dynamic.load_state_dict(source.state_dict())
-    built.load_state_dict(vmzoo.convert_state_dict(source.state_dict(), built))
-    source.set_input_size((41, 90))
-    x = images(41, 90)
-    with torch.inference_mode():
-        want = built(x)
-        assert torch.equal(source(x), want)
-        assert torch.equal(dynamic(x), want)
-    with pytest.raises(ValueError, match='built for images of 41x90, got 64x64'):
-        built(images())
+    assert_sizes_agree(small, 41, 90)
 
 
 def test_the_norm_of_the_mean_goes_and_comes_with_the_pooling():

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from torch.nn import Identity
 import vmzoo
 from vmzoo.layers.shuffle import LayerwiseShuffle
 from vmzoo.models.shufflemamba import MambaReg, ShuffleMamba, checkpoint_filter_fn
+
+from .checks import assert_sizes_agree
 
 SMALL = {'img_size': 64, 'depth': 4, 'embed_dim': 32, 'num_classes': 5}
 
@@ -173,18 +176,7 @@ def test_registers_that_cannot_be_are_refused(options):
 
 @pytest.mark.parametrize('name', ['shufflemamba_reg_tiny', 'mambamlp_base'])
 def test_every_way_to_another_image_size_agrees(name):
-    source, dynamic = small(name).eval(), small(name, dynamic_img_size=True).eval()
-    built = small(name, img_size=(48, 80)).eval()
-    dynamic.load_state_dict(source.state_dict())
-    built.load_state_dict(vmzoo.convert_state_dict(source.state_dict(), built))
-    source.set_input_size((48, 80))
-    x = images(48, 80)
-    with torch.inference_mode():
-        want = built(x)
-        assert torch.equal(source(x), want)
-        assert torch.equal(dynamic(x), want)
-    with pytest.raises(ValueError, match='built for images of 48x80, got 64x64'):
-        built(images())
+    assert_sizes_agree(partial(small, name), 48, 80)
 
 
 # Four-way mixer
