@@ -52,7 +52,7 @@ def load(name: str) -> tuple[torch.nn.Module, torch.Tensor, dict, dict]:
 def outputs(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     final, maps = model.forward_intermediates(x)
     got = {}
-    if model.feature_info[0]['reduction'] == model.feature_info[1]['reduction']:  # MobileMamba's first is the stem's
+    if [info['reduction'] for info in model.feature_info[:2]] == [16, 16]:  # MobileMamba's first is the stem's
         got['stem'], *maps = maps
     got |= {f'feat{i}': y for i, y in enumerate(maps)}
     if model.num_classes:
