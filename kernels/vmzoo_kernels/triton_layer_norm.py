@@ -136,8 +136,8 @@ def _sum_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dweight, and dbias if there are two sums, of BLOCK_C channels, from the partial sums of `_backward_kernel`."""
-    i_sum = tl.program_id(1)
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_sum = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     o_p = tl.arange(0, BLOCK_P)
     b_sum = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for i_p in range(0, programs, BLOCK_P):

