@@ -16,7 +16,7 @@ install: $(VENV)/installed-train  ## set up .venv with vmzoo and everything that
 
 demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, 1 to 2 minutes), then predict and draw
 	$(BIN)/vmzoo train vmamba_nano_digits --resume $(DEMO_ARGS)
-	$(BIN)/python tools/export_digits.py data/digits
+	$(BIN)/python tools/make_tiny_data.py data --only digits
 	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits
 
 test: $(VENV)/installed-train,mm,dev  ## run the tests

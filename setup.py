@@ -85,8 +85,10 @@ setup(
             'ruff>=0.9',
             'pre-commit>=3.5',
             'pyyaml',
-            'scikit-image>=0.22',
             'setuptools>=70.1',
+            # pictures that tests train on
+            'nilearn>=0.11',
+            'scikit-image>=0.22',
         ],
     },
     entry_points={'console_scripts': ['vmzoo = vmzoo.cli.main:main']},

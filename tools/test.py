@@ -1,26 +1,8 @@
-"""Measure a checkpoint on a config's test set, e.g.
+"""Measure a checkpoint on a config's test set; the same as `vmzoo test`, as a script for torchrun."""
 
-python tools/test.py vmamba_nano_digits work_dirs/vmamba_nano_digits/best.pth
-"""
+import sys
 
-import argparse
-import json
-
-from vmzoo.cli import train
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    parser.description = __doc__
-    parser.epilog = None
-    parser.add_argument('checkpoint', help='file with the weights, e.g. best.pth')
-    args = parser.parse_args()
-
-    from vmzoo.mm.runner import evaluate
-
-    print(json.dumps(evaluate(train.load_config(args), args.checkpoint)))
-
+from vmzoo.cli.main import main
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main(['test', *sys.argv[1:]]))

@@ -12,7 +12,7 @@ test_evaluator = dict(type='ClassificationMetric', with_confusion=True)
 # mmengine's own checkpoint hook is replaced by BestAndLastHook.
 default_hooks = dict(logger=dict(type='LoggerHook', interval=10), checkpoint=None)
 custom_hooks = [
-    dict(type='EpochSeedHook'),
+    dict(type='StepSeedHook'),
     dict(type='NonFiniteLossHook'),
     dict(type='BestAndLastHook', metric='top1'),
     dict(type='ProgressHook'),

@@ -22,12 +22,7 @@ model = dict(
     ),
 )
 
-# Workers are started anew each epoch: that keeps a resumed training identical to an uninterrupted one.
-loader = dict(
-    num_workers=4,
-    collate_fn=dict(type='collate_readable'),
-    worker_init_fn=dict(type='seed_worker'),
-)
+loader = dict(num_workers=4, collate_fn=dict(type='collate_readable'))
 train_dataloader = dict(
     **loader,
     batch_size=64,

@@ -165,11 +165,11 @@ def test_digits_as_files_give_the_tested_pixels(tmp_path):
 
     root = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, root / 'tools/export_digits.py', tmp_path, '--splits', 'test'],
+        [sys.executable, root / 'tools/make_tiny_data.py', tmp_path, '--only', 'digits'],
         env={'PYTHONPATH': f'{root}:{root / "kernels"}'},
         check=True,
     )
     dataset = DigitsDataset('test')
-    assert len(list(tmp_path.glob('test/*/*.png'))) == 360
-    path = tmp_path / f'test/{dataset.targets[0]}/{dataset.indices[0]:04d}.png'
+    assert len(list(tmp_path.glob('digits/test/*/*.png'))) == 360
+    path = tmp_path / f'digits/test/{dataset.targets[0]}/{dataset.indices[0]:04d}.png'
     assert (np.asarray(Image.open(path)) == dataset[0]['inputs'].permute(1, 2, 0).numpy()).all()

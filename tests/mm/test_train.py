@@ -16,7 +16,8 @@ from mm.conftest import folder_arguments
 from timm.models import register_model
 
 from vmzoo.cli.main import main
-from vmzoo.mm.hooks import first_nonfinite, save_atomically
+from vmzoo.mm.checkpoint import save_atomically
+from vmzoo.mm.hooks import first_nonfinite
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}:{ROOT / "kernels"}'}

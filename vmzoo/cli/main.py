@@ -12,7 +12,8 @@ COMMANDS = {
     'list': 'list the models, by family, task or size',
     'info': 'show everything known about one model',
     'predict': 'classify images',
-    'train': 'train a classifier on a folder of images',
+    'train': 'train a classifier, segmentor or detector',
+    'test': 'measure a checkpoint on the test set of a config',
     'doctor': 'show versions, devices and the scan backend in use',
 }
 

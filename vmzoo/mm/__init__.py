@@ -15,24 +15,30 @@ from .backbone import VMZooBackbone
 from .classifier import ImagePreprocessor, VMZooClassifier
 from .datasets import DigitsDataset, ImageFolderDataset
 from .environment import require
-from .hooks import BestAndLastHook, EpochSeedHook, NonFiniteLossHook, ProgressHook
+from .hooks import BestAndLastHook, NonFiniteLossHook, ProgressHook, StepSeedHook
 from .inheritance import config_folder
 from .metrics import ClassificationMetric
 from .optim import AutocastOptimWrapper, VMZooOptimWrapperConstructor
-from .runner import VMZooRunner
+from .runner import VMZooFlexibleRunner, VMZooRunner
+from .seeding import SeededDataset, SeededSampler
+from .strategy import VMZooFSDPStrategy
 
 __all__ = [
     'AutocastOptimWrapper',
     'BestAndLastHook',
     'ClassificationMetric',
     'DigitsDataset',
-    'EpochSeedHook',
     'ImageFolderDataset',
     'ImagePreprocessor',
     'NonFiniteLossHook',
     'ProgressHook',
+    'SeededDataset',
+    'SeededSampler',
+    'StepSeedHook',
     'VMZooBackbone',
     'VMZooClassifier',
+    'VMZooFSDPStrategy',
+    'VMZooFlexibleRunner',
     'VMZooOptimWrapperConstructor',
     'VMZooRunner',
     'config_folder',

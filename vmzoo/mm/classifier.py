@@ -145,3 +145,30 @@ class VMZooClassifier(BaseModel):
         if mode != 'loss':
             return logits.float()
         return dict(loss=F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing))
+
+    def published(self, state_dict: dict[str, torch.Tensor], dataset) -> tuple[dict[str, torch.Tensor], dict]:
+        """What best.pth holds: the backbone's weights, and what rebuilds it and prepares its images.
+
+        Args:
+            state_dict: Weights of this classifier.
+            dataset: The validation dataset.
+
+        Returns:
+            The backbone's state dict, and a dict of plain values.
+        """
+        prefix = 'backbone.'
+        weights = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        return weights, dict(
+            model_name=self.model_name,
+            model_kwargs=self.model_kwargs,
+            num_classes=self.backbone.num_classes,
+            in_chans=self.in_chans,
+            classes=list(dataset.metainfo['classes']),
+            data=dict(
+                input_size=tuple(dataset.input_size),
+                interpolation=dataset.interpolation,
+                crop_pct=dataset.crop_pct,
+                mean=(self.data_preprocessor.mean / 255).flatten().tolist(),
+                std=(self.data_preprocessor.std / 255).flatten().tolist(),
+            ),
+        )

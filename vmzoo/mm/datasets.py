@@ -1,6 +1,5 @@
 """Classification data: scikit-learn's handwritten digits and a user's folder of images."""
 
-import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,17 +53,6 @@ def collate_readable(samples: Sequence[dict]) -> dict:
         'broken': [sample['broken'] for sample in samples if 'broken' in sample],
         'errors': [sample['error'] for sample in samples if 'error' in sample],
     }
-
-
-@FUNCTIONS.register_module()
-def seed_worker(worker_id: int, **_) -> None:
-    """Seed a loader's worker from the main process' generator, which `EpochSeedHook` sets each epoch.
-
-    mmengine's own function gives a worker the same seed, hence the same augmentations, in every epoch.
-    """
-    seed = torch.initial_seed() % 2**32
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 @DATASETS.register_module()

@@ -1,7 +1,7 @@
 """Hooks: a progress bar, checkpoints that survive a kill, reproducible epochs, and where a NaN came from."""
 
-import os
 import random
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +10,32 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.utils import apply_to
+from mmengine.runner import IterBasedTrainLoop
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .checkpoint import save_atomically
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
+def by_iteration(runner) -> bool:
+    """Whether a training counts iterations, as segmentation does, and not epochs."""
+    return isinstance(runner.train_loop, IterBasedTrainLoop)
+
+
 @HOOKS.register_module()
-class EpochSeedHook(Hook):
-    """Seed every generator from (seed, epoch, rank), so that a resumed epoch repeats the interrupted one exactly."""
+class StepSeedHook(Hook):
+    """Seed every generator from (seed, iteration, rank), so that a resumed training repeats an uninterrupted one."""
 
     priority = 'VERY_HIGH'
 
-    def before_train_epoch(self, runner) -> None:
-        seed = (runner.seed + 1_000_003 * runner.epoch + 7_919 * get_rank()) % 2**32
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        seed = (runner.seed + 1_000_003 * runner.iter + 7_919 * get_rank()) % 2**32
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -37,11 +46,14 @@ def first_nonfinite(model: torch.nn.Module, args: tuple, kwargs: dict) -> str:
     inputs = kwargs.get('inputs', args[0] if args else None)
     if isinstance(inputs, torch.Tensor) and not inputs.isfinite().all():
         bad = (~inputs.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        paths = kwargs.get('paths')
+        paths = kwargs.get('paths') or [sample.img_path for sample in kwargs.get('data_samples') or ()]
         return f'in the input images ({", ".join(str(paths[i] if paths else i) for i in bad[:5])})'
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f'in the parameter {name}, which an earlier step made non-finite'
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return 'in a sharded module'  # running it again would wait for processes that have no NaN
 
     found = []
 
@@ -81,15 +93,19 @@ class NonFiniteLossHook(Hook):
         def check(module, args, kwargs, output):
             if kwargs.get('mode') != 'loss':
                 return
-            losses = {key: value for key, value in output.items() if 'loss' in key and isinstance(value, torch.Tensor)}
-            if all(value.isfinite().all() for value in losses.values()):
+            # Detectors return a list of losses, one of each level of their pyramid.
+            lists = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in output.items()}
+            losses = {
+                key: sum(value.mean() for value in values) for key, values in lists.items() if 'loss' in key and values
+            }
+            if all(value.isfinite() for value in losses.values()):
                 return
             with torch.random.fork_rng():
                 torch.set_rng_state(state['rng'][0])
                 if state['rng'][1] is not None:
                     torch.cuda.set_rng_state(state['rng'][1])
                 where = first_nonfinite(module, args, kwargs)
-            values = ', '.join(f'{key} = {value.mean().item()}' for key, value in losses.items())
+            values = ', '.join(f'{key} = {value.item()}' for key, value in losses.items())
             raise FloatingPointError(
                 f'{values} at epoch {runner.epoch + 1}, iteration {runner.iter + 1}: it first appears {where}. '
                 'Common remedies: a lower learning rate, gradient clipping '
@@ -106,32 +122,22 @@ class NonFiniteLossHook(Hook):
             handle.remove()
 
 
-def save_atomically(obj: dict, path: Path) -> None:
-    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one, never half of one."""
-    # NumPy's scalars (sizes, scores) would need unsafe unpickling.
-    obj = apply_to(obj, lambda value: isinstance(value, np.generic), lambda value: value.item())
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'wb') as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @HOOKS.register_module()
 class BestAndLastHook(Hook):
     """Keep two checkpoints in the work folder: last.pth to resume from, best.pth to use.
 
     mmengine's CheckpointHook deletes the old best file before it writes the new one and saves before validation, so a
-    kill in between loses the best epoch. Here an epoch is saved when the next one begins, with all that validation
+    kill in between loses the best weights. Here an epoch is saved when the next one begins, with all that validation
     found out, best.pth is written before last.pth, and each file replaces its predecessor in one step.
 
-    best.pth holds tensors and plain values only: the backbone's `state_dict` (averaged, if training averages), what
-    `timm.create_model` needs to rebuild it, the preprocessing and the class names.
+    best.pth holds tensors and plain values only: the weights (averaged, if training averages) of the whole model with
+    its config and classes, as mmseg's and mmdet's inference functions take them, or what the model's own
+    `published(state_dict, dataset)` returns.
 
     Args:
-        metric: The validation metric of which the greatest value is the best.
-        interval: Save last.pth every so many epochs; it is always saved at the end.
+        metric: The validation metric of which the greatest value is the best, e.g. 'mIoU' or 'coco/bbox_mAP'.
+        interval: Save last.pth every so many epochs, or iterations where the training counts those; it is always saved
+            at the end.
     """
 
     priority = 'VERY_LOW'  # after the hooks that change what is saved
@@ -139,79 +145,66 @@ class BestAndLastHook(Hook):
     def __init__(self, metric: str = 'top1', interval: int = 1) -> None:
         self.metric = metric
         self.interval = interval
-        self.saved_epoch = 0
+        self.saved = 0
+
+    @staticmethod
+    def _step(runner) -> int:
+        return runner.iter if by_iteration(runner) else runner.epoch
 
     def before_train(self, runner) -> None:
-        self.saved_epoch = runner.epoch  # what was just resumed needs no saving
+        self.saved = self._step(runner)  # what was just resumed needs no saving
 
     def before_train_epoch(self, runner) -> None:
-        if runner.epoch - self.saved_epoch >= self.interval:
-            self._save_last(runner)
+        if not by_iteration(runner):
+            self._save_last_if_due(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if by_iteration(runner):
+            self._save_last_if_due(runner)
 
     def after_train(self, runner) -> None:
-        if runner.epoch > self.saved_epoch:
+        if self._step(runner) > self.saved:
             self._save_last(runner)
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        if self.metric not in metrics:
+            raise ValueError(
+                f'BestAndLastHook cannot choose by {self.metric}: validation gives {", ".join(metrics) or "no metric"}'
+            )
         best = runner.message_hub.runtime_info.get('best_score')
-        if is_main_process() and (best is None or metrics[self.metric] >= best):
-            self._save_best(runner, metrics)
         if best is None or metrics[self.metric] >= best:
+            self._save_best(runner, metrics)
             runner.message_hub.update_info('best_score', float(metrics[self.metric]))
             runner.message_hub.update_info('best_epoch', runner.epoch)
+            runner.message_hub.update_info('best_iter', runner.iter)
+
+    def _save_last_if_due(self, runner) -> None:
+        if self._step(runner) - self.saved >= self.interval:
+            self._save_last(runner)
 
     def _save_last(self, runner) -> None:
-        self.saved_epoch = runner.epoch
-        if not is_main_process():
-            return
-        # Without the history of values: it is in the log files, and here it would need unsafe unpickling.
-        info = runner.message_hub.state_dict()['runtime_info']
-        hub = dict(log_scalars={}, runtime_info=info, resumed_keys=dict.fromkeys(info, True))
-        checkpoint = dict(
-            meta=dict(
-                epoch=runner.epoch,
-                iter=runner.iter,
-                seed=runner.seed,
-                cfg=runner.cfg.pretty_text,
-                dataset_meta=runner.train_dataloader.dataset.metainfo,
-            ),
-            state_dict=unwrapped(runner.model).state_dict(),
-            optimizer=runner.optim_wrapper.state_dict(),
-            param_schedulers=[scheduler.state_dict() for scheduler in runner.param_schedulers or []],
-            message_hub=hub,
-        )
-        runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-        save_atomically(checkpoint, Path(runner.work_dir) / 'last.pth')
+        self.saved = self._step(runner)
+        runner.save_resumable(Path(runner.work_dir) / 'last.pth', runner.epoch, runner.iter)
 
     def _save_best(self, runner, metrics: dict) -> None:
-        model = unwrapped(runner.model)
-        checkpoint = dict(state_dict=model.state_dict())
+        checkpoint = dict(state_dict=runner.states.model_state_dict())  # every process takes part where it is sharded
+        if not is_main_process():
+            return
         runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)  # EMAHook puts its average there
-        prefix = 'backbone.'
-        weights = {k.removeprefix(prefix): v for k, v in checkpoint['state_dict'].items() if k.startswith(prefix)}
-        dataset = runner.val_dataloader.dataset
-        meta = dict(
-            model_name=model.model_name,
-            model_kwargs=model.model_kwargs,
-            num_classes=model.backbone.num_classes,
-            in_chans=model.in_chans,
-            classes=list(dataset.metainfo['classes']),
-            data=dict(
-                input_size=tuple(dataset.input_size),
-                interpolation=dataset.interpolation,
-                crop_pct=dataset.crop_pct,
-                mean=(model.data_preprocessor.mean / 255).flatten().tolist(),
-                std=(model.data_preprocessor.std / 255).flatten().tolist(),
-            ),
-            epoch=runner.epoch,
-            metrics={key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))},
-        )
+        state_dict, dataset = checkpoint['state_dict'], runner.val_dataloader.dataset
+        model = unwrapped(runner.model)
+        if hasattr(model, 'published'):
+            weights, meta = model.published(state_dict, dataset)
+        else:
+            weights, meta = state_dict, dict(cfg=runner.config_text, dataset_meta=dict(dataset.metainfo))
+        values = {key: float(value) for key, value in metrics.items() if isinstance(value, Real)}
+        meta.update(epoch=runner.epoch, iter=runner.iter, metrics=values)
         save_atomically(dict(state_dict=weights, meta=meta), Path(runner.work_dir) / 'best.pth')
 
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """A progress bar over the whole training, and a line for each validation."""
+    """A title, a progress bar over the whole training, and a line for each validation."""
 
     priority = 'LOWEST'  # after BestAndLastHook has updated the best score
 
@@ -219,7 +212,11 @@ class ProgressHook(Hook):
         self.progress: Progress | None = None
 
     def before_train(self, runner) -> None:
-        if not is_main_process() or runner.iter >= runner.max_iters:
+        if not is_main_process():
+            return
+        console = Console()
+        console.print(self._title(runner), highlight=False, soft_wrap=True)
+        if runner.iter >= runner.max_iters:
             return
         self.progress = Progress(
             TextColumn('[bold]{task.description}'),
@@ -229,10 +226,26 @@ class ProgressHook(Hook):
             TimeElapsedColumn(),
             TextColumn('left'),
             TimeRemainingColumn(),
-            console=Console(),
+            console=console,
         )
         self.task = self.progress.add_task('training', total=runner.max_iters, completed=runner.iter, loss='...')
         self.progress.start()
+
+    @staticmethod
+    def _title(runner) -> str:
+        model = unwrapped(runner.model)
+        backbone = getattr(model, 'backbone', None)
+        names = (getattr(model, 'model_name', None), type(model).__name__, getattr(backbone, 'model_name', None))
+        name = names[0] or ' with '.join(filter(None, names[1:]))
+        sharded = any(isinstance(module, FullyShardedDataParallel) for module in runner.model.modules())
+        size = '' if sharded else f' ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters)'
+        length = f'{runner.max_iters} iterations' if by_iteration(runner) else f'{runner.max_epochs} epochs'
+        done = runner.iter if by_iteration(runner) else runner.epoch
+        return (
+            f'[bold]{name}[/]{size}, {len(runner.train_dataloader.dataset)} training images, {length}, '
+            f'seed {runner.seed}, log in {escape(runner.work_dir)}'
+            + (f', [yellow]resuming after {done}[/]' if done else '')
+        )
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if self.progress is not None:
@@ -240,17 +253,27 @@ class ProgressHook(Hook):
                 self.task,
                 completed=runner.iter + 1,
                 loss=f'{runner.message_hub.get_scalar("train/loss").mean(20):.3f}',
-                description=f'epoch {runner.epoch + 1}/{runner.max_epochs}',
+                description='training' if by_iteration(runner) else f'epoch {runner.epoch + 1}/{runner.max_epochs}',
             )
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         if self.progress is None:
             return
-        values = '  '.join(f'{key} {value:6.2f}' for key, value in metrics.items() if isinstance(value, float))
-        best = runner.message_hub.get_info('best_epoch') == runner.epoch
-        loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
-        line = f'epoch {runner.epoch:3d}/{runner.max_epochs}  loss {loss:.3f}  {values}'
-        self.progress.console.print(line + ('  [green]best[/]' if best else ''), highlight=False)
+        # COCO's metrics are -1 for sizes that no object has.
+        values = '  '.join(
+            f'{key.rpartition("/")[2]} {value:.4g}'
+            for key, value in metrics.items()
+            if isinstance(value, Real) and value >= 0
+        )
+        best = runner.message_hub.runtime_info.get('best_iter') == runner.iter
+        if by_iteration(runner):
+            done, window = f'iteration {runner.iter}/{runner.max_iters}', runner.val_interval
+        else:
+            done, window = f'epoch {runner.epoch:3d}/{runner.max_epochs}', len(runner.train_dataloader)
+        loss = runner.message_hub.get_scalar('train/loss').mean(window)
+        self.progress.console.print(
+            f'{done}  loss {loss:.3f}  {values}' + ('  [green]best[/]' if best else ''), highlight=False
+        )
 
     def after_train(self, runner) -> None:
         self.close()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train on several GPUs, of one machine or more: tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
+# On each of several machines, with its own NODE_RANK: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 PORT=29500
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  sed -n '2,3s/^# //p' "$0" >&2
+  exit 2
+fi
+exec "${PYTHON:-python}" -m torch.distributed.run \
+  --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$2" \
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}" \
+  "$(dirname "${BASH_SOURCE[0]}")/train.py" "$1" --launcher pytorch "${@:3}"
