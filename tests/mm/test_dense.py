@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,10 @@ def test_deepspeed_says_what_to_install(write_config, capsys, tmp_path):
 @pytest.fixture
 def two_processes(tmp_path):
     def run(script, *arguments):
-        env = {**ENV, 'PYTHON': sys.executable, 'PORT': '29637'}
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        env = {**ENV, 'PYTHON': sys.executable, 'PORT': str(port)}
         result = subprocess.run(
             [ROOT / 'tools' / script, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
