@@ -50,11 +50,39 @@ def rms_norm(
     return _norm(x, weight, None, eps, out_dtype or x.dtype, False)
 
 
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x + branch``, as a residual stream goes on, and its :func:`layer_norm`, in one pass.
+
+    Args:
+        x: [..., C], floating.
+        branch: [..., C], of a dtype no wider than that of ``x``.
+        weight, bias, eps, out_dtype: As :func:`layer_norm` takes them.
+
+    Returns:
+        Both [..., C]; the sum in the dtype of ``x``.
+    """
+    out_dtype = out_dtype or x.dtype
+    same = branch.shape == x.shape and branch.device == x.device and branch.dtype in _DTYPES
+    wide = torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    if same and wide and runs_plainly(branch) and _can_fuse(x, weight, bias, out_dtype):
+        return _fused_norm(x, branch, weight, bias, eps, out_dtype, True)
+    total = x + branch
+    return total, _torch_norm(total, weight, bias, eps, out_dtype, True)
+
+
 def _norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, center: bool
 ) -> Tensor:
-    norm = _fused_norm if _can_fuse(x, weight, bias, out_dtype) else _torch_norm
-    return norm(x, weight, bias, eps, out_dtype, center)
+    if _can_fuse(x, weight, bias, out_dtype):
+        return _fused_norm(x, None, weight, bias, eps, out_dtype, center)[1]
+    return _torch_norm(x, weight, bias, eps, out_dtype, center)
 
 
 @functools.cache
@@ -96,38 +124,59 @@ def _torch_norm(
 
 
 def _fused_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, center: bool
-) -> Tensor:
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
     from . import triton_layer_norm
 
     x = x.contiguous()
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias)):
-        return _FusedNorm.apply(x, weight, bias, eps, out_dtype, center)
-    return triton_layer_norm.forward(x, weight, bias, eps, out_dtype, center, save_stats=False)[0]
+    branch = branch if branch is None else branch.contiguous()
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, branch, weight, bias)):
+        outputs = _FusedNorm.apply(x, branch, weight, bias, eps, out_dtype, center)
+        return (x, outputs) if branch is None else outputs
+    return triton_layer_norm.forward(x, branch, weight, bias, eps, out_dtype, center, save_stats=False)[:2]
 
 
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, out_dtype, center):
+    def forward(ctx, x, branch, weight, bias, eps, out_dtype, center):
         from . import triton_layer_norm
 
-        y, stats = triton_layer_norm.forward(x, weight, bias, eps, out_dtype, center, save_stats=True)
-        ctx.save_for_backward(x, weight, bias, stats)
+        total, y, stats = triton_layer_norm.forward(x, branch, weight, bias, eps, out_dtype, center, save_stats=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, bias, stats)
         ctx.options = (eps, out_dtype, center)
-        return y
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        return y if branch is None else (total, y)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *grads):
         from . import triton_layer_norm
 
         x, weight, bias, stats = ctx.saved_tensors
         eps, out_dtype, center = ctx.options
-        needed = ctx.needs_input_grad[:3]
+        dtotal, dy = grads if len(grads) == 2 else (None, *grads)
         nothing = (None,) * 3
+        needed = ctx.needs_input_grad[:4]
+        if dy is None:  # the sum alone is used
+            dbranch = dtotal if dtotal is None or not needed[1] else dtotal.to(ctx.branch_dtype)
+            return dtotal, dbranch, None, None, *nothing
         if torch.is_grad_enabled():  # create_graph: these gradients are to have gradients
             y = _torch_norm(x, weight, bias, eps, out_dtype, center)
-            wanted = [v for v, need in zip((x, weight, bias), needed) if need]
-            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(grads) if need else None for need in needed), *nothing
-        dtypes = (v.dtype if need else None for v, need in zip((weight, bias), needed[1:]))
-        return *triton_layer_norm.backward(dy.contiguous(), x, weight, stats, center, *dtypes), *nothing
+            wanted = (needed[0] or needed[1], *needed[2:])
+            leaves = [v for v, need in zip((x, weight, bias), wanted) if need]
+            found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+            dx, dweight, dbias = (next(found) if need else None for need in wanted)
+            if dx is not None and dtotal is not None:
+                dx = dx + dtotal
+            return dx, dx.to(ctx.branch_dtype) if needed[1] else None, dweight, dbias, *nothing
+        dtypes = (v.dtype if need else None for v, need in zip((weight, bias), needed[2:]))
+        dtotal = dtotal if dtotal is None else dtotal.contiguous()
+        dbranch_dtype = ctx.branch_dtype if needed[1] else None
+        grads = triton_layer_norm.backward(dy.contiguous(), dtotal, x, weight, stats, center, dbranch_dtype, *dtypes)
+        return *grads, *nothing

@@ -35,8 +35,10 @@ def _tile(i_tile, rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.cons
 @triton.jit(do_not_specialize=['rows'])
 def _forward_kernel(
     x,
+    branch,
     weight,
     bias,
+    total,
     y,
     stats,
     rows,
@@ -46,10 +48,18 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y; mean and reciprocal deviation [2, M] too unless ``stats`` is None. Without CENTER the mean counts as zero."""
+    """y; mean and reciprocal deviation [2, M] too unless ``stats`` is None. Without CENTER the mean counts as zero.
+
+    Unless ``branch`` is None, y is the norm of x + branch, which goes into ``total``.
+    """
     i_m, o_m, b_in_m, o_mc, b_in = _tile(tl.program_id(0).to(tl.int64), rows, C, BLOCK_M, BLOCK_C, 8)
     o_c = tl.arange(0, BLOCK_C)
     b_x = tl.load(x + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+    if branch is not None:
+        b_x += tl.load(branch + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+        b_total = b_x.to(total.dtype.element_ty)
+        tl.store(total + i_m * C + o_mc, b_total, mask=b_in)
+        b_x = b_total.to(tl.float32)
     if weight is not None:
         b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     if bias is not None:
@@ -73,10 +83,12 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=['rows'])
 def _backward_kernel(
     dy,
+    dtotal,
     x,
     weight,
     stats,
     dx,
+    dbranch,
     sums,
     rows,
     C: tl.constexpr,
@@ -89,7 +101,8 @@ def _backward_kernel(
 ):
     """dx, and of the program's rows the first NUM_SUMS of dweight and dbias, into [NUM_SUMS, programs, C].
 
-    With n the normed x and g = weight dy: dx = (g - n mean(g n) - mean(g)) / deviation.
+    With n the normed x and g = weight dy: dx = (g - n mean(g n) - mean(g)) / deviation, plus ``dtotal`` unless that is
+    None; it goes into ``dbranch`` too unless that is None.
     """
     i_program = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
@@ -116,6 +129,10 @@ def _backward_kernel(
         if CENTER:
             b_dx -= (tl.sum(b_grad, axis=1) / C)[:, None]
         b_dx *= b_rstd[:, None]
+        if dtotal is not None:
+            b_dx += tl.load(dtotal + i_m * C + o_mc, mask=b_in, other=0.0).to(tl.float32)
+        if dbranch is not None:
+            tl.store(dbranch + i_m * C + o_mc, b_dx.to(dbranch.dtype.element_ty), mask=b_in)
         tl.store(dx + i_m * C + o_mc, b_dx.to(dx.dtype.element_ty), mask=b_in)
     p_sums = sums + i_program * C + o_c
     if NUM_SUMS > 0:
@@ -226,51 +243,62 @@ def _dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...
 
 def forward(
     x: Tensor,
+    branch: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
     center: bool,
     save_stats: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Normed x, and what :func:`backward` wants kept. x [..., C] is contiguous and not empty."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x + branch in the dtype of x (or x itself), that normed, and what :func:`backward` wants kept.
+
+    x [..., C] and branch are contiguous and not empty.
+    """
     channels = x.shape[-1]
     rows = x.numel() // channels
     plan = _plan(channels)
     y = torch.empty_like(x, dtype=out_dtype)
+    total = None if branch is None else torch.empty_like(x)
     stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if save_stats else None
-    tensors = (x, weight, bias, y, stats)
+    tensors = (x, branch, weight, bias, total, y, stats)
     key = (_dtypes(tensors), channels, center, rows < 2**31)
     numbers = (rows, eps, channels, center, plan.forward_rows, plan.block_c)
     _run_forward(key, (-(-rows // plan.forward_rows), 1, 1), tensors, numbers, plan.num_warps)
-    return y, stats
+    return x if total is None else total, y, stats
 
 
 def backward(
     dy: Tensor,
+    dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     stats: Tensor,
     center: bool,
+    dbranch_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, and dweight [C] and dbias [C] in the dtypes given; of those without one, none. dy and x are contiguous."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dbranch, dweight [C] and dbias [C] in the dtypes given; of those without one, none.
+
+    x is what was normed, and dtotal what else depends on it gives. dy, dtotal and x are contiguous.
+    """
     channels = x.shape[-1]
     rows = x.numel() // channels
     plan = _plan(channels)
     programs = min(-(-rows // plan.backward_rows), _num_processors(x.device) * _PROCESSOR_WARPS // plan.num_warps)
     dx = torch.empty_like(x)
+    dbranch = torch.empty_like(x, dtype=dbranch_dtype) if dbranch_dtype else None
     num_sums = 2 if dbias_dtype else 1 if dweight_dtype else 0
     sums = torch.empty(num_sums, programs, channels, dtype=torch.float32, device=x.device)
-    tensors = (dy, x, weight, stats, dx, sums)
-    # loads and stores of two dtypes in one layout: tiles in two would not fit the registers
-    vector = 16 // max(x.itemsize, dy.itemsize)
+    tensors = (dy, dtotal, x, weight, stats, dx, dbranch, sums)
+    # loads and stores of several dtypes in one layout: tiles in two would not fit the registers
+    vector = 16 // max(v.itemsize for v in (x, dy, dtotal) if v is not None)
     key = (_dtypes(tensors), channels, center, num_sums, rows < 2**31)
     numbers = (rows, channels, center, num_sums, plan.backward_rows, plan.block_c, vector, plan.stages)
     _run_backward(key, (programs, 1, 1), tensors, numbers, plan.num_warps)
     if not num_sums:
-        return dx, None, None
+        return dx, dbranch, None, None
     # the kernel of two sums writes both, whether or not both are wanted
     dweight = torch.empty(channels, dtype=dweight_dtype or torch.float32, device=x.device)
     dbias = torch.empty(channels, dtype=dbias_dtype, device=x.device) if dbias_dtype else None
@@ -278,4 +306,4 @@ def backward(
     key = (_dtypes(tensors), channels, num_sums)
     numbers = (programs, channels, num_sums, _SUM_ROWS, _SUM_CHANNELS)
     _run_sum(key, (-(-channels // _SUM_CHANNELS), num_sums, 1), tensors, numbers, 4)
-    return dx, dweight if dweight_dtype else None, dbias
+    return dx, dbranch, dweight if dweight_dtype else None, dbias

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vmzoo_kernels import layer_norm as module
 from vmzoo_kernels.backends import interpreted
-from vmzoo_kernels.layer_norm import layer_norm, rms_norm
+from vmzoo_kernels.layer_norm import add_layer_norm, layer_norm, rms_norm
 
 SCRIPT = Path(__file__).with_name('compile_layer_norm.py')
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -230,7 +230,74 @@ def test_compiles_for(target, tmp_path):
     env['TRITON_CACHE_DIR'] = str(tmp_path)  # compile, rather than find what an earlier run compiled
     done = subprocess.run([sys.executable, SCRIPT, *target], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('_backward_kernel') == 3
+    assert done.stdout.count('_backward_kernel') == 4
     if target == ('cuda', '90'):  # what the speed rests on: masks and mixed dtypes keep loads wide and ahead
-        assert 'fp32 96 _forward_kernel wide loads: True' in done.stdout
-        assert 'fp32 96 _backward_kernel wide loads: False, copies ahead: True' in done.stdout
+        for branch in ('None', 'fp16'):
+            assert f'fp32 + {branch} 96 _forward_kernel wide loads: True' in done.stdout
+            assert f'fp32 + {branch} 96 _backward_kernel wide loads: False, copies ahead: True' in done.stdout
+
+
+class TestWithSum:
+    """`add_layer_norm` against a sum and torch's norm."""
+
+    @staticmethod
+    def make(device, dtype=FULL, branch_dtype=FULL, shape=(3, 37, 24)):
+        x, weight, bias = make(device, shape, dtype, FULL)
+        branch = torch.randn(shape).to(device, branch_dtype).requires_grad_()
+        return [x, branch, weight, bias]
+
+    @staticmethod
+    def apart(x, branch, weight, bias, out_dtype=None):
+        total = x + branch
+        return total, torch_norm(layer_norm)(total, weight, bias, out_dtype=out_dtype)
+
+    @pytest.mark.parametrize('dtype, branch_dtype, out_dtype', [(FULL, FULL, FULL), (FULL, HALF, HALF)], ids=str)
+    @pytest.mark.parametrize('used', ['both', 'sum', 'norm'])
+    def test_values_and_gradients(self, kernels, device, dtype, branch_dtype, out_dtype, used):
+        tensors = self.make(device, dtype, branch_dtype)
+        weights = [torch.randn(3, 37, 24, device=device) for _ in range(2)]
+
+        def gradients(function):
+            outputs = function(*tensors, out_dtype=out_dtype)
+            terms = [(y.float() * w).sum() for y, w in zip(outputs, weights)]
+            loss = terms[0] + terms[1] if used == 'both' else terms[used == 'norm']
+            return *outputs, *torch.autograd.grad(loss, tensors, allow_unused=True)
+
+        got, want = gradients(add_layer_norm), gradients(self.apart)
+        assert kernels
+        assert torch.equal(got[0], want[0])
+        for a, b in zip(got, want):
+            if b is None:
+                assert a is None
+            else:
+                # half a unit of the branch's dtype: apart, its gradient is the sum of two that are rounded
+                torch.testing.assert_close(a, b, atol=2e-3 if b.dtype == HALF else 2e-5, rtol=2e-3)
+
+    def test_without_gradients_and_of_frozen_parts(self, kernels, device):
+        tensors = self.make(device)
+        with torch.no_grad():
+            for a, b in zip(add_layer_norm(*tensors), self.apart(*tensors)):
+                torch.testing.assert_close(a, b)
+        for i in range(4):
+            frozen = [v if j == i else v.detach() for j, v in enumerate(tensors)]
+            grads = [torch.autograd.grad(f(*frozen)[1].square().sum(), frozen[i]) for f in (add_layer_norm, self.apart)]
+            torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+        assert kernels
+
+    def test_gradients_of_gradients(self, kernels, device):
+        tensors = self.make(device, shape=(5, 6))
+
+        def second(function):
+            total, y = function(*tensors)
+            first = torch.autograd.grad(y.pow(3).sum() + total.square().sum(), tensors, create_graph=True)
+            return torch.autograd.grad(sum(v.square().sum() for v in first), tensors)
+
+        torch.testing.assert_close(second(add_layer_norm), second(self.apart), atol=1e-3, rtol=1e-3)
+        assert kernels
+
+    def test_what_does_not_fit_is_left_to_torch(self, kernels, device):
+        x, branch, weight, bias = self.make(device)
+        for other in (branch[:1], branch.double()):
+            for a, b in zip(add_layer_norm(x, other, weight, bias), self.apart(x, other, weight, bias, FULL)):
+                torch.testing.assert_close(a, b)
+        assert not kernels

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vmzoo.layers import LayerNorm, RMSNorm
-from vmzoo.layers.norm import _out_dtype
+from vmzoo.layers.norm import _out_dtype, add_norm
 
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 PAIRS = pytest.mark.parametrize('layer, base', [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)])
@@ -72,3 +72,31 @@ def test_autocast_on_a_gpu(layer, base):
             y = ours(x)
             assert y.dtype == (FULL if float32 else HALF)
             torch.testing.assert_close(y, plain(x).to(y.dtype))
+
+
+def test_sum_and_norm_calls_what_is_hooked_or_another_norm():
+    x, branch = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    norm, seen = LayerNorm(8), []
+    for other in (norm, torch.nn.LayerNorm(8)):
+        total, y = add_norm(other, x, branch)
+        assert torch.equal(total, x + branch) and torch.equal(y, other(x + branch))
+    norm.register_forward_hook(lambda *args: seen.append('norm'))
+    add_norm(norm, x, branch)
+    assert seen == ['norm']
+
+
+def test_sum_and_norm_on_a_gpu_is_one_call(monkeypatch):
+    called = []
+
+    def add_layer_norm(x, branch, weight, bias, eps, out_dtype):
+        called.append((eps, out_dtype))
+        return x + branch, torch.nn.functional.layer_norm(x + branch, (8,), weight, bias, eps)
+
+    monkeypatch.setattr('vmzoo.layers.norm.add_layer_norm', add_layer_norm)
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    norm = LayerNorm(8, eps=1e-3)
+    x, branch = torch.randn(2, 8), torch.randn(2, 8)
+    total, y = add_norm(norm, x, branch)
+    assert torch.equal(y, norm(total)) and called == [(1e-3, torch.float32)]
+    norm.register_forward_hook(lambda *args: None)
+    assert torch.equal(add_norm(norm, x, branch)[1], y) and len(called) == 1

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from vmzoo_kernels.common import runs_plainly
 
+from .norm import is_bare
+
 _ONEDNN = torch.backends.mkldnn.is_available()
 _INNER_PRODUCT = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 
@@ -100,12 +102,6 @@ class _GeluLinear(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class does, and nobody looks on."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
-
-
 class Mlp(nn.Module):
     """Two linear layers with an activation between them, on the last dimension.
 
@@ -132,8 +128,8 @@ class Mlp(nn.Module):
     def _keeps_little(self, x: Tensor) -> bool:
         if not (x.is_cuda and x.numel() and torch.is_grad_enabled() and runs_plainly(x, self.fc2.weight)):
             return False
-        exact = _is_bare(self.act, nn.GELU) and self.act.approximate == 'none'
-        return exact and _is_bare(self.fc2, Linear)
+        exact = is_bare(self.act, nn.GELU) and self.act.approximate == 'none'
+        return exact and is_bare(self.fc2, Linear)
 
 
 class SwiGlu(nn.Module):

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from vmzoo_kernels.layer_norm import layer_norm, rms_norm
+from vmzoo_kernels.layer_norm import add_layer_norm, layer_norm, rms_norm
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class does, and nobody looks on."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 def _out_dtype(x: Tensor, weight: Tensor, float32: bool) -> torch.dtype:
@@ -32,6 +38,24 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         return layer_norm(x, self.weight, self.bias, self.eps, _out_dtype(x, self.weight, self.float32))
+
+
+def add_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """``x + branch`` and its norm: one pass on a GPU where the norm is a :class:`LayerNorm`.
+
+    Args:
+        norm: Over the last dimension.
+        x: [..., dim], a residual stream.
+        branch: [..., dim].
+
+    Returns:
+        Both [..., dim].
+    """
+    if x.is_cuda and is_bare(norm, LayerNorm):
+        dtype = _out_dtype(x, norm.weight, norm.float32)
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)
+    x = x + branch
+    return x, norm(x)
 
 
 class RMSNorm(nn.RMSNorm):

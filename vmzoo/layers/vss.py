@@ -4,7 +4,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .linear import Mlp
-from .norm import LayerNorm
+from .norm import LayerNorm, add_norm
 from .ss2d import SS2D
 
 
@@ -44,7 +44,8 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop_path(self.op(self.norm(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        branch = self.drop_path(self.op(self.norm(x)))
+        if self.mlp is None:
+            return x + branch
+        x, y = add_norm(self.norm2, x, branch)
+        return x + self.drop_path(self.mlp(y))
