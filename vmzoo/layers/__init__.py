@@ -24,6 +24,7 @@ from .patch import (
 )
 from .scan_block import ScanBlock2d
 from .shuffle import LayerwiseShuffle
+from .spatial import conv_nd, resize_linear, to_map, to_tokens
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
 from .vss import VSSBlock
@@ -71,6 +72,7 @@ __all__ = [
     'check_images',
     'compute_dtype',
     'conv_bn',
+    'conv_nd',
     'deform_aggregate',
     'grouped_linear',
     'init_A_log_',
@@ -81,7 +83,10 @@ __all__ = [
     'linear',
     'na2d_av',
     'na2d_qk',
+    'resize_linear',
     'scan_names',
     'to_channels_first',
     'to_channels_last',
+    'to_map',
+    'to_tokens',
 ]

@@ -35,10 +35,19 @@ def to_channels_first() -> Permute:
     return Permute(0, 3, 1, 2)
 
 
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Refuse anything but a batch of images [B, in_chans, H, W] with a ValueError that says what is wrong."""
-    if x.ndim != 4:
-        raise ValueError(f'Images come as a batch [B, {in_chans}, H, W], got {tuple(x.shape)}: unsqueeze(0) makes one.')
+def check_images(x: Tensor, in_chans: int, ndim: int = 2) -> None:
+    """Refuse anything but a batch of images [B, in_chans, H, W] with a ValueError that says what is wrong.
+
+    Args:
+        x: What the model got.
+        in_chans: Channels that it takes.
+        ndim: Axes of an image: 3 for volumes [B, in_chans, D, H, W].
+    """
+    if x.ndim != ndim + 2:
+        kind, axes = ('Volumes', 'D, H, W') if ndim == 3 else ('Images', 'H, W')
+        raise ValueError(
+            f'{kind} come as a batch [B, {in_chans}, {axes}], got {tuple(x.shape)}: unsqueeze(0) makes one.'
+        )
     if x.shape[1] != in_chans:
         raise ValueError(
             f'The model takes {in_chans} channels, got {x.shape[1]}: create it with in_chans={x.shape[1]}, '

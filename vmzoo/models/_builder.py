@@ -78,7 +78,12 @@ def build_model(
             load_published(model, cfg, cache_dir)
             return model
 
-    return build_model_with_cfg(
+    input_size = cfg['input_size']
+    if is_volume := len(input_size) == 4:
+        # timm takes in_chans from an input_size of pictures only
+        kwargs.setdefault('in_chans', input_size[0])
+        pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), 'input_size': None}
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -88,6 +93,9 @@ def build_model(
         feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter', **(feature_cfg or {})},
         **kwargs,
     )
+    if is_volume:
+        model.pretrained_cfg['input_size'] = input_size
+    return model
 
 
 def _is_published_file(cfg: dict[str, Any]) -> bool:

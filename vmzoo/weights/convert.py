@@ -21,7 +21,16 @@ _logger = logging.getLogger(__name__)
 # Where publishers put the weights. `model` comes first: it is what the stated accuracies were measured with; files that
 # hold only averaged weights have them under one of the last names. A family whose files hold both, and whose accuracies
 # are those of another one, names it in its file as PREFERRED_WRAPPER.
-WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'model_ema', 'state_dict_ema', 'ema_state_dict', 'net')
+WRAPPERS = (
+    'model',
+    'state_dict',
+    'model_state_dict',
+    'model_ema',
+    'state_dict_ema',
+    'ema_state_dict',
+    'net',
+    'network_weights',  # nnU-Net's
+)
 # Modules that training wraps around the backbone: DDP, torch.compile, trainers, segmentors and detectors.
 PREFIXES = ('module.', '_orig_mod.', 'model.', 'backbone.')
 MMPRETRAIN_HEAD = 'head.fc.'  # its classifier stands beside the backbone
