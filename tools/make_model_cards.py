@@ -20,6 +20,20 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'vmunet': """
+A U-Net of VMamba's first blocks for medical images. The output has the size of the image, whose sides must be multiples
+of 32. It is logits, also of a model of one class (the published one returns their sigmoid). Images of one channel are
+repeated for a model of three; with `in_chans=1` it takes them as they are. Feature maps are those of the encoder.
+
+The authors published no trained segmentation network. What `pretrained=True` downloads is where their trainings start:
+VMamba-S of the first generation (`vmamba_v0_small`). As published, its blocks go to the encoder and, mirrored, to the
+decoder; a warning names what stays as initialised. A file of that model loads in the same way
+(`vmzoo.weights.load_checkpoint`), and so do files saved by the published trainings. Weights of later VMamba generations
+do not fit, which is an error here and was silent in the published code.
+
+`vmunet_isic`: 80.23 % mIoU and 89.03 % Dice on ISIC17, 81.35 % and 89.71 % on ISIC18, as stated. Pixels are those of
+8 bits, 0 to 255: images were normalised and then stretched to that range one by one. `vmunet_synapse`: 81.08 % Dice,
+19.21 mm HD95; pixels in [0, 1]. The stated 4.11 G operations of `vmunet_isic` leave out the scans.""",
     'mambayolo': """
 The backbone of a YOLOv8-shaped detector whose blocks scan, with a classifier for pretraining. Its feature maps are P2
 to P5; the last is pooled over three windows. Pixels are RGB in [0, 1], without mean and standard deviation.

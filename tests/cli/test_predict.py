@@ -144,6 +144,7 @@ def test_broken_image_is_named(checkpoint, folder, tmp_path, capsys, content):
     [
         ([], '--model NAME with published weights'),
         (['--model', 'vmamba_nano'], 'has no published weights'),
+        (['--model', 'vmunet_isic'], 'is a model for segmentation'),
         (['--model', 'no_such_model'], 'unknown model'),
         (['--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
         (['--checkpoint', '{checkpoint}', '--model', 'vim_tiny'], 'is of vmamba_nano, not of vim_tiny'),

@@ -14,6 +14,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import vmzoo  # noqa: F401 (registers the models)
+from vmzoo.models._registry import summary_of
 
 from .exemptions import EXEMPT, SMALL
 
@@ -25,8 +26,8 @@ def family(name: str) -> str:
 
 
 NAMES = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith('vmzoo.')]
-DENSE = [name for name in NAMES if timm.get_pretrained_cfg(name).classifier is None]
-CLASSIFIERS = [name for name in NAMES if name not in DENSE]
+CLASSIFIERS = [name for name in NAMES if summary_of(name).task == 'classification']
+SEGMENTERS = [name for name in NAMES if summary_of(name).task == 'segmentation']  # classes of every pixel
 # where the size makes no difference: the smallest of every kind
 TINY = [name for name in NAMES if 'nano' in name or ('tiny' in name and name.replace('tiny', 'nano') not in NAMES)]
 # where a test is slow: one of each family, its nano model if there is one
@@ -36,6 +37,8 @@ TINY += [name for name in ONE_EACH if family(name) not in map(family, TINY)]
 
 every_model = pytest.mark.parametrize('name', NAMES)
 every_classifier = pytest.mark.parametrize('name', CLASSIFIERS)
+every_segmenter = pytest.mark.parametrize('name', SEGMENTERS)
+every_model_with_classes = pytest.mark.parametrize('name', CLASSIFIERS + SEGMENTERS)
 every_tiny_model = pytest.mark.parametrize('name', TINY)
 one_of_each_family = pytest.mark.parametrize('name', ONE_EACH)
 
@@ -121,10 +124,10 @@ def test_empty_batch(name):
 
 @every_model
 def test_every_parameter_has_a_gradient(name):
-    model = small(name, **({} if name in DENSE else {'num_classes': 42})).train()
+    model = small(name, **({'num_classes': 42} if name in CLASSIFIERS + SEGMENTERS else {})).train()
     out = model(image())
-    if name in CLASSIFIERS:
-        assert out.shape == (2, 42)
+    if name in CLASSIFIERS + SEGMENTERS:
+        assert out.shape[:2] == (2, 42)
     sum(t.mean() for t in tensors(out)).backward()
     assert_finite(out)
     assert without_gradient(model) == []
@@ -184,7 +187,7 @@ def test_attributes(name):
     assert model.head_hidden_size > 0
     assert model.in_chans == cfg['input_size'][0]
     keys = model.state_dict().keys()
-    for part in ('first_conv', 'classifier') if name in CLASSIFIERS else ('first_conv',):
+    for part in ('first_conv', 'classifier') if name in CLASSIFIERS + SEGMENTERS else ('first_conv',):
         parts = (cfg[part],) if isinstance(cfg[part], str) else cfg[part]
         assert all(f'{key}.weight' in keys for key in parts)
 
@@ -228,11 +231,28 @@ def test_head(name):
         assert small(name, num_classes=0, global_pool='').eval()(x).shape == features.shape
 
 
-@every_classifier
+@every_segmenter
+def test_head_of_every_pixel(name):
+    model = small(name, num_classes=3).eval()
+    x = image(height=64, width=96)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape == (2, model.num_features, 64, 96)
+        assert_equal(model.forward_head(features, pre_logits=True), features)
+        assert_equal(model.forward_head(features), model(x))
+        assert model(x).shape == (2, 3, 64, 96)
+
+        model.reset_classifier(0)
+        assert model.num_classes == 0
+        assert_equal(model(x), features)
+        assert small(name, num_classes=0).eval()(x).shape == features.shape
+
+
+@every_model_with_classes
 def test_reset_classifier(name):
     model = small(name)
     model.reset_classifier(7)
-    assert model(image()).shape == (2, 7)
+    assert model(image()).shape[:2] == (2, 7)
     assert {classifier.weight.shape[0] for classifier in classifiers(model)} == {7}
 
     for training in (False, True):
@@ -286,7 +306,7 @@ def test_pretrained_with_other_ends(name, options, tmp_path):
     if 'num_classes' in options:
         ends += [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
     same = {key: value for key, value in model.state_dict().items() if key.rpartition('.')[0] not in ends}
-    assert len(same) > len(state) // 2
+    assert len(same) > len(state) // 3
     assert all(torch.equal(value, state[key]) for key, value in same.items())
 
 
@@ -347,9 +367,16 @@ def test_input_channels(name, in_chans):
 @pytest.mark.parametrize('height, width', [(64, 96), (53, 38), (33, 65)])
 def test_any_image_size(name, height, width):
     model = small(name).eval()
+    divisor = getattr(model, 'size_divisor', 1)
+    if height % divisor or width % divisor:
+        with pytest.raises(ValueError, match=f'{height}x{width}.* multiples of {divisor}.*: pad or resize'):
+            model(image(1, height=height, width=width))
+        return
     with torch.no_grad():
         out = model(image(1, height=height, width=width))
     assert_finite(out)
+    if name in SEGMENTERS:
+        assert out.shape[2:] == (height, width)
 
 
 @every_model

@@ -290,3 +290,5 @@ def test_manifest_covers_every_published_weight():
     assert all(weight.license for weight in weights), 'every published weight states its licence'
     urls = json.loads(manifest.resources.files('vmzoo.weights').joinpath('manifest.json').read_text())
     assert urls.keys() == {weight.url for weight in weights}
+    metrics = {weight.name: weight.metrics for weight in weights}
+    assert metrics['vmamba_v0_small.in1k'] and not metrics['vmunet_isic.vmamba_in1k'], 'its encoder only starts there'

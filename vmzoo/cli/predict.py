@@ -13,6 +13,7 @@ from torch import nn
 
 import vmzoo  # noqa: F401  registers the models
 from vmzoo.images import IMAGE_SUFFIXES, read_image
+from vmzoo.models._registry import family_of, summary_of
 
 SHOWN = 12
 BATCH = 32
@@ -79,6 +80,8 @@ def load_classifier(model_name: str | None, checkpoint: str | None) -> Classifie
         raise ValueError(f'{checkpoint} is of {name}, not of {model_name}; leave --model out')
     if not timm.is_model(name):
         raise ValueError(f'unknown model {name}; `vmzoo list` shows the names')
+    if family_of(name) and (task := summary_of(name).task) not in ('classification', 'backbone'):
+        raise ValueError(f'{name} is a model for {task}, not for classes of whole images')
     kwargs = {key: meta[key] for key in ('num_classes', 'in_chans') if key in meta} | meta.get('model_kwargs', {})
     if not checkpoint and not getattr(timm.get_pretrained_cfg(name), 'has_weights', False):
         raise ValueError(f'{name} has no published weights; train it, then give --checkpoint FILE')

@@ -27,6 +27,7 @@ from .shuffle import LayerwiseShuffle
 from .spatial import conv_nd, resize_linear, to_map, to_tokens
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
+from .unet import ConcatFusion, PatchExpand, spread_channels
 from .vss import VSSBlock
 from .wavelet import HaarTransform
 
@@ -34,6 +35,7 @@ __all__ = [
     'SS2D',
     'SSD2D',
     'ChannelAttention',
+    'ConcatFusion',
     'ConvBnAct',
     'ConvDownsample',
     'ConvNorm',
@@ -54,6 +56,7 @@ __all__ = [
     'NormLinear',
     'NormPoolHead',
     'ODSSBlock',
+    'PatchExpand',
     'PatchMerging',
     'PatchStem',
     'Permute',
@@ -85,6 +88,7 @@ __all__ = [
     'na2d_qk',
     'resize_linear',
     'scan_names',
+    'spread_channels',
     'to_channels_first',
     'to_channels_last',
     'to_map',

@@ -14,6 +14,7 @@ from .rsmamba import RSMamba
 from .shufflemamba import MambaMlp, MambaReg, ShuffleMamba, ShuffleMambaBackbone
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
+from .vmunet import VMUNet
 
 __all__ = [
     'A2Mamba',
@@ -35,6 +36,7 @@ __all__ = [
     'RoMADense',
     'ShuffleMamba',
     'ShuffleMambaBackbone',
+    'VMUNet',
     'VMamba',
     'VisionMamba',
     'VisionMambaPyramid',

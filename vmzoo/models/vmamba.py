@@ -179,6 +179,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             [O, I, 1, 1]), or the names of the single-file version.
         model: The model they are for.
     """
+    wanted = model.state_dict()
     merges_patches = any(isinstance(module, PatchMerging) for module in model.modules())
     out = {}
     for name, value in state_dict.items():
@@ -189,7 +190,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             name = re.sub(r'\.downsample\.2\.', '.downsample.reduction.', name)
         if name.endswith(('.x_proj_weight', '.dt_projs_weight')) and value.ndim == 2:
             value = value.unflatten(0, (4, -1))
-        elif value.ndim == 4 and value.shape[2:] == (1, 1) and not name.endswith('conv2d.weight'):
+        elif value.ndim == 4 and value.shape[2:] == (1, 1) and name in wanted and wanted[name].ndim == 2:
             value = value.flatten(1)
         out[name] = value
     return out

@@ -46,14 +46,17 @@ def _entries() -> dict[str, dict]:
 
 def published_weights() -> list[PublishedWeight]:
     """Lists every weight that a model of the zoo can download."""
-    from vmzoo.models._registry import default_cfgs_of, list_architectures
+    from vmzoo.models._registry import default_cfgs_of, list_architectures, summary_of
 
     weights = []
     for architecture in list_architectures():
+        is_segmenter = summary_of(architecture).task == 'segmentation'
         for tag, cfg in default_cfgs_of(architecture).items():
             if cfg.url or cfg.hf_hub_id:
                 url, hub_id = (cfg.url, cfg.hf_hub_id) if cfg.url else (f'https://huggingface.co/{cfg.hf_hub_id}', None)
                 entry = {'sha256': None, 'size': None, 'metrics': {}} | _entries().get(url, {})
+                if is_segmenter:  # the file starts its encoder: the accuracy is another model's
+                    entry = {**entry, 'metrics': {}}
                 weights.append(PublishedWeight(f'{architecture}.{tag}', url, hub_id, cfg.license, **entry))
     return weights
 
