@@ -5,6 +5,8 @@
     python tools/benchmark.py models --models convnext_tiny vmamba_tiny_s1l8 --batch-size 128 --train --compile
     python tools/benchmark.py zoo --csv zoo.csv         # every family, against timm's models and unfused scans
     python tools/benchmark.py zoo --families vmamba vim --sizes 224 --budget 10
+    python tools/benchmark.py configs mmdet::_base_/models/mask-rcnn_r50_fpn.py --img-size 800 1280 --train \
+        --backbones swin_tiny_patch4_window7_224 vmamba_tiny_s1l8   # whole segmentors and detectors, random images
     python tools/benchmark.py plot sweep.csv sweep.png  # draw again, without a GPU
 
 Every figure is the median of repeated runs after a warm-up, whose first call is printed apart: it holds compilation,
@@ -42,9 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     ops = commands.add_parser('ops', help='the scan operators')
     models = commands.add_parser('models', help='whole models, the first of which is the baseline')
     zoo = commands.add_parser('zoo', help='the smallest standard model of every family')
+    configs = commands.add_parser('configs', help='models of mm configs, the first of which is the baseline')
     plot = commands.add_parser('plot', help='draw the sweeps of a CSV file')
 
-    for command in (ops, models, zoo):
+    for command in (ops, models, zoo, configs):
         command.add_argument('--device', type=torch.device, default='cuda' if torch.cuda.is_available() else 'cpu')
         command.add_argument('--dtype', choices=DTYPES, help='default: float16 on a GPU, float32 on a CPU')
         command.add_argument('--seconds', type=float, default=1.0, help='time spent on each figure')
@@ -72,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         '--batch-size', type=int, help='of 224x224; larger images in smaller batches (default: 64 on a GPU, 1 on a CPU)'
     )
     zoo.add_argument('--budget', type=float, default=30.0, help='seconds for a model at a size, in all')
+    configs.add_argument('configs', nargs='+', help="files, names of shipped configs, or 'mmseg::PATH', 'mmdet::PATH'")
+    configs.add_argument('--backbones', nargs='+', default=[], metavar='NAME', help="in place of the config's")
+    configs.add_argument('--img-size', nargs=2, type=int, default=(512, 512), metavar=('H', 'W'))
+    configs.add_argument('--batch-size', type=int, default=2)
+    configs.add_argument('--train', action='store_true', help='time forward and backward pass too, and their memory')
+    configs.add_argument('--torchvision-ops', action='store_true', help="RoIAlign and NMS of torchvision, not mmcv's")
     plot.add_argument('csv', type=Path)
     plot.add_argument('image', type=Path)
     return parser
@@ -90,6 +99,13 @@ def figures(args: argparse.Namespace, setting: Setting, backends: list[str]) -> 
         baselines = BASELINES if args.baselines is None else args.baselines
         batch_size = args.batch_size or (64 if setting.on_gpu else 1)
         yield from benchmark_zoo(setting, args.models, baselines, args.sizes, batch_size, args.budget)
+    elif args.command == 'configs':
+        from benchmarks.configs import benchmark_configs
+
+        yield from benchmark_configs(
+            *(setting, args.configs, args.backbones, tuple(args.img_size), args.batch_size, args.train),
+            torchvision_ops=args.torchvision_ops,
+        )
     elif args.sweep:
         yield from benchmark_sweeps(setting, backends, args.sides, args.batches)
     else:

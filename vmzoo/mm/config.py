@@ -17,7 +17,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from timm.data import resolve_data_config
 
 from .datasets import class_folders
-from .inheritance import config_folder
+from .inheritance import config_folder, find_base
 from .names import check_model_name, suggestion
 
 
@@ -121,11 +121,14 @@ def move_data(cfg: Config, root: str) -> None:
 
 
 def find_config(name: str) -> Path:
-    """The file of a config given by its path or, for a shipped one, by its name.
+    """The file of a config given by its path, by its name if it is shipped, or as `library::path`.
 
     Raises:
-        FileNotFoundError: There is neither; the message lists the shipped names.
+        FileNotFoundError: There is none; the message lists the shipped names.
+        ImportError: The library is not installed.
     """
+    if '::' in name:
+        return Path(find_base(name, 'command line')[0])
     if Path(name).is_file():
         return Path(name)
     shipped = {p.stem: p for p in sorted(config_folder().rglob('*.py')) if '_base_' not in p.parts}

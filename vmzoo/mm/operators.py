@@ -1,11 +1,12 @@
 """torchvision's operators for detectors where mmcv was built without them, or without those for a GPU.
 
 mmcv's wheels fit certain versions of torch and CUDA; built from source beside others, mmcv has operators for the CPU
-alone, or none. Mask R-CNN and its relatives need two, and torchvision has both.
+alone, or none. Mask R-CNN and its relatives need two, and torchvision has both. Those of mmcv also know no bfloat16.
 """
 
 import importlib
 import sys
+from functools import wraps
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -40,8 +41,10 @@ def nms(bboxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset
 def complete_operators(force: bool = False) -> bool:
     """Use torchvision for RoIAlign and NMS if mmcv cannot run them here; to be called before mmdet is imported.
 
+    NMS then runs in float32 whatever the boxes' dtype, and RoIAlign takes bfloat16.
+
     Args:
-        force: Use it in any case.
+        force: Use torchvision in any case.
 
     Returns:
         Whether torchvision is used.
@@ -53,20 +56,22 @@ def complete_operators(force: bool = False) -> bool:
         mmcv._ext = sys.modules['mmcv._ext'] = _Absent('mmcv._ext')
     compiled = importlib.import_module('mmcv._ext')
     absent = isinstance(compiled, _Absent)
-    on_gpu = torch.cuda.is_available() and (absent or compiled.get_compiling_cuda_version() == 'not available')
-    if not (absent or on_gpu or force):
-        return False
-    ops = importlib.import_module('mmcv.ops')
-    if compiled.nms is not nms:
+    without_gpu = not absent and compiled.get_compiling_cuda_version() == 'not available'
+    needed = force or absent or (torch.cuda.is_available() and without_gpu)
+    if needed and not force:
         print_log("mmcv's operators are not built for this device: RoIAlign and NMS are torchvision's", 'current')
-        compiled.nms = nms
-        ops.RoIAlign.forward = _with_torchvision(ops.RoIAlign.forward)
-    return True
+    layer = importlib.import_module('mmcv.ops').RoIAlign
+    own_nms, own_forward = (getattr(f, '__wrapped__', f) for f in (compiled.nms, layer.forward))
 
+    @wraps(own_nms)
+    def in_float32(bboxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
+        run = nms if needed else own_nms
+        return run(bboxes.float(), scores.float(), iou_threshold=iou_threshold, offset=offset)
 
-def _with_torchvision(forward):
-    def wrapper(layer, *args, **kwargs):
-        layer.use_torchvision = True
-        return forward(layer, *args, **kwargs)
+    @wraps(own_forward)
+    def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+        self.use_torchvision = self.use_torchvision or needed or input.dtype == torch.bfloat16
+        return own_forward(self, input, rois)
 
-    return wrapper
+    compiled.nms, layer.forward = in_float32, forward
+    return needed
