@@ -22,7 +22,7 @@ from vmzoo.cli.main import main
 from vmzoo.mm import SeededDataset
 from vmzoo.mm.checkpoint import load_weights
 from vmzoo.mm.config import complete
-from vmzoo.mm.operators import nms
+from vmzoo.mm.operators import nms, roi_align
 
 SEGMENTATION = """
 _base_ = ['vmzoo::segmentation/tiny_mni152.py']
@@ -261,3 +261,18 @@ def test_nms_of_torchvision_is_that_of_mmcv(offset):
     boxes, scores = torch.cat([corners, corners + 1 + 9 * torch.rand(200, 2)], 1), torch.rand(200)
     kept = nms(boxes, scores, 0.4, offset)
     assert kept.tolist() == ops.nms(boxes, scores, 0.4, offset)[1].tolist() and len(kept) < 150
+
+
+@pytest.mark.parametrize('aligned', [False, True])
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+def test_roi_align_of_torchvision_is_that_of_mmcv(sampling_ratio, aligned):
+    ops = pytest.importorskip('mmcv.ops')
+    corners = 6 * torch.rand(9, 2)
+    rois = torch.cat([torch.randint(2, (9, 1)).float(), corners, corners + 0.5 + 9 * torch.rand(9, 2)], 1)
+    maps, gradient = torch.randn(2, 3, 8, 8), torch.randn(9, 3, 4, 5)
+    results = []
+    for function in (roi_align, getattr(ops.roi_align, '__wrapped__', ops.roi_align)):
+        x = maps.clone().requires_grad_()
+        out = function(x, rois, (4, 5), 0.5, sampling_ratio, 'avg', aligned)
+        results.append((out, *torch.autograd.grad(out, x, gradient)))
+    torch.testing.assert_close(*results)

@@ -1,6 +1,7 @@
 """tools/benchmark.py on tiny shapes: what it compares computes the same, and its table, CSV and plot are complete."""
 
 import importlib.util
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -304,6 +305,44 @@ def test_a_scan_that_a_backend_does_not_take_is_left_out(run, benchmark, monkeyp
     assert "selective_scan: scan backend 'torch' cannot run here: it takes maps" in out
     rows = read(benchmark, tmp_path / 'ops.csv')
     assert [row['backend'] for row in rows if row['op'] == 'selective_scan'] == ['auto']
+
+
+@pytest.mark.parametrize(
+    ('configs', 'size'), [(['tiny_mni152', 'vmamba_nano_digits'], 32), (['tiny_coins', '--torchvision-ops'], 64)]
+)
+def test_configs(run, benchmark, tmp_path, configs, size):
+    pytest.importorskip('mmdet')
+    options = ('--device', 'cpu', '--seconds', '0', '--train', '--batch-size', '2', '--img-size', size, size)
+    backbones = ('--backbones', 'test_convnext', 'vmamba_nano')
+    code, out, err = run('configs', *configs, *options, *backbones, '--csv', tmp_path / 'configs.csv')
+    assert code == 0, err
+    rows = read(benchmark, tmp_path / 'configs.csv')
+    assert [row['backbone'] for row in rows[:2]] == ['test_convnext', 'vmamba_nano']
+    assert rows[0]['train time / first'] == 1 and rows[1]['infer time / first'] > 0
+    assert rows[1]['params M'] > 0.6 and rows[1]['GMACs'] > 0 and 'test_convnext' in out
+
+
+def test_detectors_need_no_operator_of_mmcv():
+    pytest.importorskip('mmdet')
+    code = """
+import importlib.util, sys
+import vmzoo.mm.operators as operators
+find_spec = operators.find_spec
+operators.find_spec = lambda name: None if name == 'mmcv._ext' else find_spec(name)
+sys.path.insert(0, sys.argv[1])
+import torch
+from benchmarks.configs import benchmark_configs
+from benchmarks.timing import Setting
+setting = Setting(torch.device('cpu'), torch.bfloat16, 0)
+row, = benchmark_configs(setting, ['tiny_coins'], ['vmamba_nano'], (64, 64), 1, True)
+assert row['train ms'] > 0 and not getattr(sys.modules['mmcv._ext'], '__file__', None)
+try:
+    sys.modules['mmcv._ext'].softnms()
+except RuntimeError as error:
+    print(error)
+"""
+    command = [sys.executable, '-c', code, str(ROOT / 'tools')]
+    assert 'needs softnms' in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_a_csv_is_written_whole_or_not_at_all(benchmark, tmp_path):

@@ -160,14 +160,13 @@ def channels_of(name: str, img_size: Size) -> tuple[tuple[int, ...], dict]:
         AssertionError: It does in any case.
     """
     for kwargs in ({}, dict(img_size=img_size)):
-        with torch.device('meta'):
-            backbone = VMZooBackbone(name, **kwargs).eval()
-            try:
-                backbone(torch.empty(1, 3, *img_size))
-            except AssertionError:
-                if kwargs:
-                    raise
-                continue
+        backbone = VMZooBackbone(name, device='meta', **kwargs).eval()
+        try:
+            backbone(torch.empty(1, 3, *img_size, device='meta'))
+        except AssertionError:
+            if kwargs:
+                raise
+            continue
         return backbone.out_channels, kwargs
 
 

@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', help='file with the weights, e.g. best.pth')
 
 
+def load_config(args: argparse.Namespace):
+    """The config that the arguments of `vmzoo test` describe, complete."""
+    return finish_config(read_config(args), args)
+
+
 @explained_options()
 def run(args: argparse.Namespace) -> int:
     """Measure and print.
@@ -24,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     import vmzoo.mm  # noqa: F401  says what to install, before mmengine's own import fails
 
-    cfg = finish_config(read_config(args), args)
+    cfg = load_config(args)
     from mmengine.dist import barrier, is_main_process
 
     from vmzoo.mm.runner import evaluate
