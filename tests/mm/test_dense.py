@@ -276,3 +276,67 @@ def test_roi_align_of_torchvision_is_that_of_mmcv(sampling_ratio, aligned):
         out = function(x, rois, (4, 5), 0.5, sampling_ratio, 'avg', aligned)
         results.append((out, *torch.autograd.grad(out, x, gradient)))
     torch.testing.assert_close(*results)
+
+
+# Configs as a user of mmpretrain has them: nothing of vmzoo in them, checkpoints by mmengine's hook, one in each style.
+MMPRETRAIN = """
+_base_ = ['mmpretrain::_base_/models/resnet18_cifar.py', 'mmpretrain::_base_/default_runtime.py']
+pipeline = [dict(type='LoadImageFromFile'), dict(type='ResizeEdge', scale=32), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(type='CustomDataset', data_root={root!r}, data_prefix='train', pipeline=pipeline),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    num_workers=0,
+)
+model = dict(head=dict(num_classes=2))
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+train_cfg = dict(by_epoch=True, max_epochs=2)
+custom_hooks = [{hook}]
+"""
+PURE_PYTHON = """
+from mmengine.config import read_base
+from mmengine.dataset import DefaultSampler
+from mmengine.runner import EpochBasedTrainLoop
+from mmpretrain.datasets import CustomDataset, LoadImageFromFile, PackInputs, ResizeEdge
+from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead, ResNet
+from torch.optim import SGD
+
+with read_base():
+    from .hooks import *
+
+default_scope = 'mmpretrain'
+pipeline = [dict(type=LoadImageFromFile), dict(type=ResizeEdge, scale=32), dict(type=PackInputs)]
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(type=CustomDataset, data_root={root!r}, data_prefix='train', pipeline=pipeline),
+    sampler=dict(type=DefaultSampler, shuffle=True),
+    num_workers=0,
+)
+model = dict(
+    type=ImageClassifier,
+    data_preprocessor=dict(num_classes=2),
+    backbone=dict(type=ResNet, depth=18),
+    neck=dict(type=GlobalAveragePooling),
+    head=dict(type=LinearClsHead, in_channels=512, num_classes=2),
+)
+optim_wrapper = dict(optimizer=dict(type=SGD, lr=0.01, momentum=0.9))
+train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=2)
+"""
+
+
+@pytest.mark.parametrize('text', [MMPRETRAIN, PURE_PYTHON], ids=['mmpretrain', 'pure_python'])
+def test_config_without_vmzoo_resumes_exactly(image_folder, tmp_path, monkeypatch, text):
+    pytest.importorskip('mmpretrain')
+    monkeypatch.chdir(tmp_path)
+    hook = f'dict(type="StopOnceHook", marker={str(tmp_path / "stopped")!r}, iteration=3)'
+    for name, stop in (('whole', ''), ('killed', hook)):
+        Path('hooks.py').write_text(f'custom_hooks = [{stop}]\n')
+        Path(f'{name}.py').write_text(text.format(root=str(image_folder), hook=stop))
+    Path('hooks.py').write_text('custom_hooks = []\n')
+    assert main(['train', 'whole.py']) == 0
+    Path('hooks.py').write_text(f'custom_hooks = [{hook}]\n')
+    assert main(['train', 'killed.py']) == 130
+    assert main(['train', 'killed.py', '--resume']) == 0
+    ends = [load(f'work_dirs/{name}/epoch_2.pth') for name in ('whole', 'killed')]
+    assert same(*(end['state_dict'] for end in ends)) == []
+    assert list(Path('work_dirs/killed').glob('*/vis_data/events.out.tfevents*'))

@@ -59,17 +59,36 @@ class SafeRunner:
         return super().build_train_loop(loop)
 
     def save_checkpoint(
-        self, out_dir: str, filename: str, meta: dict | None = None, by_epoch: bool = True, **kwargs
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
     ) -> None:
         """What mmengine's CheckpointHook calls, at the end of an epoch or iteration that is not yet counted."""
         meta = dict(meta or {})
         epoch = meta.pop('epoch', self.epoch + 1 if by_epoch else self.epoch)
         iteration = meta.pop('iter', self.iter if by_epoch else self.iter + 1)
-        if '://' in str(out_dir) or kwargs.get('backend_args'):
+        if '://' in str(out_dir) or file_client_args or backend_args:
             meta.update(epoch=epoch, iter=iteration)
-            super().save_checkpoint(out_dir, filename, meta=meta, by_epoch=by_epoch, **kwargs)
+            super().save_checkpoint(
+                *(
+                    out_dir,
+                    filename,
+                    file_client_args,
+                    save_optimizer,
+                    save_param_scheduler,
+                    meta,
+                    by_epoch,
+                    backend_args,
+                )
+            )
         else:
-            self.save_resumable(Path(out_dir) / filename, epoch, iteration, meta, kwargs.get('save_optimizer', True))
+            self.save_resumable(Path(out_dir) / filename, epoch, iteration, meta, save_optimizer)
 
     def save_resumable(
         self, path: Path, epoch: int, iteration: int, meta: dict | None = None, save_optimizer: bool = True
