@@ -61,6 +61,7 @@ setup(
         'torch>=2.10',
         'timm>=1.0.31',
         'numpy>=1.26',
+        'filelock>=3.12',
         'huggingface_hub>=0.25',
         'packaging>=23',
         'pillow>=10',

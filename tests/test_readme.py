@@ -58,9 +58,9 @@ def checkout(tmp_path_factory):
                 Image.new('RGB', (64, 48 + index), colour).save(folder / f'{index}.jpg')
     Image.new('RGB', (320, 240), 'orange').save(root / 'photo.jpg')
     torch.save({'model': timm.create_model('vmamba_tiny_s1l8').state_dict(), 'config': Config()}, root / CHECKPOINT)
-    cache = root.parent / 'torch/hub/checkpoints'
-    cache.mkdir(parents=True)
-    shutil.copy(root / CHECKPOINT, cache)
+    for cache in (root.parent / 'torch/hub/checkpoints', root / 'weights'):
+        cache.mkdir(parents=True)
+        shutil.copy(root / CHECKPOINT, cache)
     return root
 
 

@@ -214,7 +214,7 @@ def test_unknown_argument_is_a_type_error():
         build(deths=(1, 1, 1, 1))
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path):
+def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
     state = timm.create_model('vmamba_nano').state_dict()
     del state['layers.0.blocks.0.norm.weight']
     file = saved(tmp_path / 'weights.pth', state)
@@ -230,5 +230,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         build(pretrained='nowhere.pth')
     with pytest.raises(CheckpointError, match='No weights are published for vmamba_nano'):
         build(pretrained=True)
+    monkeypatch.setattr('vmzoo.weights.download.RETRIES', 0)
     with pytest.raises(CheckpointError, match='could not download'):
         build(pretrained='http://127.0.0.1:9/weights.pth')

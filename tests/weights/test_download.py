@@ -1,294 +1,559 @@
-"""`pretrained=True` through timm's own calls, against a server on this machine that serves the published format."""
+"""Downloads against a server on this machine that cuts connections, is busy, lies or changes its files."""
 
+import email.utils
+import errno
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
 import threading
-from contextlib import contextmanager
+import time
+from datetime import datetime, timedelta, timezone
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
-import timm
-import torch
+from local_server import serving
 
-from vmzoo.models import _builder
-from vmzoo.weights import CheckpointError, CheckpointMismatch, manifest
+from vmzoo.weights import CheckpointError, cached_files, download, download_file, manifest, remove_cached
+from vmzoo.weights.cache import read_record, record_path
 
+BODY = bytes(range(256)) * 2000
+DIGEST = sha256(BODY).hexdigest()
+HALF = len(BODY) // 2
 
-class Config(dict):
-    """Stands for yacs' CfgNode."""
-
-
-@contextmanager
-def serving(files):
-    """Serves `path -> (status, body, announced length)` on a free port; yields the address and the list of requests."""
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            status, body, length = files.get(self.path, (404, b'', 0))
-            self.send_response(status)
-            self.send_header('Content-Length', str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f'http://127.0.0.1:{server.server_port}', requests
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def torch_home(tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv('no_proxy', '*')
-    return tmp_path / 'torch'
-
-
-@pytest.fixture(scope='module')
-def source():
-    model = timm.create_model('vmamba_nano').eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+pytestmark = pytest.mark.usefixtures('torch_home')
 
 
 @pytest.fixture
-def published(source, tmp_path):
-    """A file as published: weights under `model`, training state, and a config object."""
-    path = tmp_path / 'published_ckpt_epoch_1.pth'
-    torch.save(
-        {
-            'model': source.state_dict(),
-            'optimizer': {'state': {}},
-            'config': Config(MODEL=Config(TYPE='vssm')),
-            'epoch': 1,
-        },
-        path,
-    )
-    return path
+def serve():
+    """`serve(first, second, ...)` answers requests of /w.pth in turn, the last one for ever; returns the server."""
+    with serving({}) as server:
+
+        def serve(*answers):
+            given = iter(answers)
+            lock = threading.Lock()
+
+            def answer(request):
+                with lock:
+                    current = next(given, answers[-1])
+                current(request)
+
+            server.answers['/w.pth'] = answer
+            server.url = f'{server.address}/w.pth'
+            return server
+
+        yield serve
 
 
 @pytest.fixture
-def served(published):
-    body = published.read_bytes()
-    files = {
-        '/good.pth': (200, body, len(body)),
-        '/cut.pth': (200, body[: len(body) // 2], len(body)),
-        '/page.pth': (200, b'<html>Please sign in</html>', 27),
-    }
-    with serving(files) as (address, requests):
-        yield address, requests
+def recorded(monkeypatch):
+    """Adds digests to the manifest."""
+    entries = {}
+    monkeypatch.setattr(manifest, '_entries', lambda: entries)
+    return lambda url, **digest: entries.update({url: digest})
 
 
-def create(name='vmamba_nano', *, source, **kwargs):
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **kwargs)
+def good(request):
+    request.reply_range(BODY)
 
 
-def test_file_is_one_that_timm_refuses(published):
-    with pytest.raises(RuntimeError, match='weights_only'):
-        timm.models.load_state_dict(str(published))
+def cut(request):
+    request.reply_range(BODY, upto=HALF)
 
 
-def test_url_downloads_once_into_the_cache(source, served, torch_home):
-    address, requests = served
-    image = torch.randn(1, 3, 32, 32)
+def visible(cache):
+    return sorted(path.name for path in cache.iterdir() if not path.name.startswith('.'))
+
+
+def refused(url, *parts, **kwargs):
+    """Asserts that the download fails with one error that names address, remedy and all that is given."""
+    with pytest.raises(CheckpointError) as caught:
+        download_file(url, **kwargs)
+    message = str(caught.value)
+    assert url in message
+    assert [part for part in map(str, parts) if part not in message] == [], message
+    return message
+
+
+def test_download_then_cache(serve, cache):
+    server = serve(good)
+    path = download_file(server.url)
+    assert path == cache / 'w.pth' and path.read_bytes() == BODY
+    assert download_file(server.url) == path
+    assert server.requests == [('/w.pth', None)]
+    assert visible(cache) == ['w.pth', 'w.pth.vmzoo.json']
+    record = read_record(path)
+    assert (record.url, record.sha256, record.basis) == (server.url, DIGEST, 'first use')
+
+
+def test_folders(serve, tmp_path, monkeypatch):
+    server = serve(good)
+    monkeypatch.setenv('VMZOO_HOME', str(tmp_path / 'home'))
+    assert download_file(server.url) == tmp_path / 'home/checkpoints/w.pth'
+    assert download_file(server.url, cache_dir=tmp_path / 'mine') == tmp_path / 'mine/w.pth'
+
+
+def test_verified_file_is_hashed_once(serve, monkeypatch):
+    server = serve(good)
+    path = download_file(server.url)
+    monkeypatch.setattr(manifest.Digest, 'of_file', lambda path: pytest.fail('hashed again'))
+    assert download_file(server.url) == path
+
+
+def test_same_name_from_two_addresses(serve, cache):
+    server = serve(good)
+    server.answers['/other/w.pth'] = lambda request: request.reply(b'other')
+    other = f'{server.address}/other/w.pth'
     for _ in range(2):
-        model = create(source={'url': f'{address}/good.pth'}).eval()
-        torch.testing.assert_close(model(image), source(image))
-    assert requests == ['/good.pth']
-    assert [path.name for path in (torch_home / 'hub/checkpoints').iterdir()] == ['good.pth']
+        assert download_file(server.url).read_bytes() == BODY
+        assert download_file(other).read_bytes() == b'other'
+    assert len(server.requests) == 2
+    assert download_file(other).parent == cache and download_file(other).suffix == '.pth'
 
 
-def test_google_drive(source, published, torch_home, monkeypatch):
-    """The page of a file stands in the cfg; every file has its own name in the cache."""
-    body = published.read_bytes()
-    files = {f'/download?id={file}&confirm=t': (200, body, len(body)) for file in ('1a-B_c', '2d')}
-    with serving(files) as (address, requests):
-        monkeypatch.setattr(_builder, '_DRIVE_DOWNLOAD', address + '/download?id={}&confirm=t')
-        for file in ('1a-B_c', '2d', '2d'):
-            url = f'https://drive.google.com/file/d/{file}/view'
-            model = create(source={'url': url})
-            assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
-            assert model.pretrained_cfg['url'] == url
-    assert requests == list(files)
-    assert len(list((torch_home / 'hub/checkpoints').iterdir())) == 2
+@pytest.mark.parametrize('path', ['/', '/..', '/.', ''])
+def test_address_without_a_name(serve, cache, path):
+    server = serve(good)
+    server.answers[path or '/'] = good
+    assert download_file(server.address + path).parent == cache
 
 
-def test_default_cfg_url(source, served, monkeypatch):
-    """The plain call: the address comes from the registered cfg."""
-    address, _ = served
-    cfg = timm.get_pretrained_cfg('vmamba_nano')
-    monkeypatch.setattr(cfg, 'url', f'{address}/good.pth')
-    monkeypatch.setattr('timm.models._builder.get_pretrained_cfg', lambda name: cfg)
-    model = timm.create_model('vmamba_nano', pretrained=True)
-    assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
+def test_no_address():
+    refused('ftp://example.org/w.pth', 'neither https:// nor http://')
 
 
-def test_cache_dir(served, tmp_path):
-    address, _ = served
-    create(source={'url': f'{address}/good.pth'}, cache_dir=tmp_path / 'mine')
-    assert (tmp_path / 'mine/good.pth').is_file()
+@pytest.mark.parametrize('terminal', [False, True])
+def test_progress_bar_on_a_terminal_only(serve, monkeypatch, capsys, terminal):
+    monkeypatch.setenv('FORCE_COLOR', '1') if terminal else monkeypatch.delenv('FORCE_COLOR', raising=False)
+    download_file(serve(good).url)
+    out, err = capsys.readouterr()
+    assert not out and ('w.pth' in err and '512.0/512.0' in err if terminal else not err)
 
 
-def test_local_file(source, published):
-    model = create(source={'file': str(published)})
-    assert torch.equal(model.classifier.head.weight, source.classifier.head.weight)
-    assert model.pretrained_cfg['file'] == str(published)
+# Interrupted downloads
 
 
-def test_file_changes(source, published):
-    overlay = {'file': str(published)}
-    image = torch.randn(2, 3, 32, 32)
-    five = create(source=overlay, num_classes=5)
-    assert five(image).shape == (2, 5)
-    assert torch.equal(five.classifier.norm.weight, source.classifier.norm.weight)
-
-    none = create(source=overlay, num_classes=0).eval()
-    torch.testing.assert_close(none(image), source.forward_head(source.forward_features(image), pre_logits=True))
-
-    grey = create(source=overlay, in_chans=1).eval()
-    torch.testing.assert_close(grey(image[:, :1]), source(image[:, :1].expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
-
-    features = create(source=overlay, features_only=True, out_indices=(1, 3)).eval()
-    expected = source.forward_intermediates(image, indices=(1, 3), intermediates_only=True)
-    for got, want in zip(features(image), expected, strict=True):
-        torch.testing.assert_close(got, want)
+def test_cut_connection_goes_on(serve):
+    server = serve(cut, good)
+    assert download_file(server.url).read_bytes() == BODY
+    assert server.requests == [('/w.pth', None), ('/w.pth', f'bytes={HALF}-')]
 
 
-def test_own_weights_through_the_other_sources(source, tmp_path):
-    """An in-memory state dict, a folder that timm saved, and `checkpoint_path` go through timm's loaders."""
-    image = torch.randn(1, 3, 32, 32)
-    model = create(source={'state_dict': source.state_dict()}).eval()
-    torch.testing.assert_close(model(image), source(image))
-
-    timm.models.save_for_hf(source, tmp_path / 'saved', safe_serialization=True)
-    model = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
-    torch.testing.assert_close(model(image), source(image))
-
-    model = timm.create_model('vmamba_nano', checkpoint_path=str(tmp_path / 'saved/model.safetensors')).eval()
-    torch.testing.assert_close(model(image), source(image))
+def test_later_call_goes_on(serve, cache, monkeypatch):
+    monkeypatch.setattr(download, 'RETRIES', 0)
+    server = serve(cut, good)
+    refused(server.url, f'{HALF} of {len(BODY)} bytes came', f'{HALF} bytes are kept', cache / 'w.pth')
+    assert [file.state for file in cached_files(cache)] == ['partly downloaded']
+    assert download_file(server.url).read_bytes() == BODY
+    assert server.requests[1] == ('/w.pth', f'bytes={HALF}-')
+    assert visible(cache) == ['w.pth', 'w.pth.vmzoo.json']
 
 
-def test_wrong_architecture_names_keys_and_shapes(published):
-    with pytest.raises(CheckpointMismatch) as error:
-        create('vmamba_tiny_s1l8', source={'file': str(published)})
-    message = str(error.value)
-    assert message.startswith(f'{published}: the checkpoint does not fit vmamba_tiny_s1l8 (VMamba)')
-    assert 'missing keys' in message
-    assert 'patch_embed.0.weight: (' in message
-    assert 'It fits vmamba_nano: create that model instead.' in message
+def test_many_cuts_with_progress(serve):
+    steps = [lambda request, upto=upto: request.reply_range(BODY, upto=upto) for upto in range(50000, 512000, 50000)]
+    server = serve(*steps, good)
+    assert download_file(server.url).read_bytes() == BODY
+    assert len(server.requests) == len(steps) + 1 > download.RETRIES + 1
 
 
-def test_first_release_of_vmamba(tmp_path):
-    """The published names of the January 2024 files."""
-    size = {'depths': (1, 1, 1, 1), 'embed_dim': 16}
-    source = timm.create_model('vmamba_v0_tiny', **size).eval()
-    names = [
-        (r'^patch_embed\.0', 'patch_embed.proj'),
-        (r'^patch_embed\.2', 'patch_embed.norm'),
-        (r'(blocks\.\d+)\.norm', r'\1.ln_1'),
-        (r'(blocks\.\d+)\.op', r'\1.self_attention'),
-        (r'^classifier\.', ''),
-    ]
+def test_changed_file_is_not_spliced(serve):
+    changed = BODY[::-1]
+    server = serve(cut, lambda request: request.reply_range(changed, etag='"2"'))
+    assert download_file(server.url).read_bytes() == changed
 
-    def published_name(key):
-        for ours, theirs in names:
-            key = re.sub(ours, theirs, key)
-        return key
 
-    state = {published_name(key): value for key, value in source.state_dict().items()}
-    assert {'head.weight', 'norm.weight', 'layers.0.blocks.0.ln_1.weight', 'layers.0.downsample.norm.weight'} <= set(
-        state
+def test_changed_file_from_a_server_that_ignores_if_range(serve):
+    changed = BODY[::-1]
+    span = f'bytes {HALF}-{len(BODY) - 1}/{len(BODY)}'
+
+    def spliced(request):
+        request.reply(changed[HALF:], 206, Content_Range=span, ETag='"2"')
+
+    server = serve(cut, spliced, lambda request: request.reply(changed))
+    assert download_file(server.url).read_bytes() == changed
+    assert [span for _, span in server.requests] == [None, f'bytes={HALF}-', None]
+
+
+@pytest.mark.parametrize('span', [f'bytes 0-{len(BODY) - 1}/{len(BODY)}', f'bytes {HALF}-{len(BODY)}/{len(BODY) + 1}'])
+def test_wrong_range(serve, span):
+    wrong = lambda request: request.reply(b'wrong', 206, Content_Range=span, ETag='"1"')  # noqa: E731
+    server = serve(cut, wrong, good)
+    assert download_file(server.url).read_bytes() == BODY
+
+
+def test_server_that_ignores_range_starts_again(serve):
+    server = serve(cut, lambda request: request.reply(BODY, ETag='"1"'))
+    assert download_file(server.url).read_bytes() == BODY
+
+
+@pytest.mark.parametrize('headers', [{}, {'ETag': 'W/"1"'}])
+def test_nothing_to_recognise_a_changed_file_by(serve, headers):
+    server = serve(lambda request: request.reply(BODY[:HALF], length=len(BODY), **headers), good)
+    assert download_file(server.url).read_bytes() == BODY
+    assert server.requests[1] == ('/w.pth', None)
+
+
+def test_date_of_the_last_change(serve):
+    date = 'Wed, 21 Oct 2015 07:28:00 GMT'
+
+    def rest(request):
+        assert request.headers['If-Range'] == date
+        span = f'bytes {HALF}-{len(BODY) - 1}/{len(BODY)}'
+        request.reply(BODY[HALF:], 206, Content_Range=span, Last_Modified=date)
+
+    first = lambda request: request.reply(BODY[:HALF], length=len(BODY), Last_Modified=date)  # noqa: E731
+    assert download_file(serve(first, rest).url).read_bytes() == BODY
+
+
+def test_range_not_satisfiable(serve):
+    server = serve(cut, lambda request: request.reply(b'', 416), good)
+    assert download_file(server.url).read_bytes() == BODY
+    assert server.requests[2] == ('/w.pth', None)
+
+
+def test_slow_server_times_out_and_is_tried_again(serve, monkeypatch):
+    monkeypatch.setattr(download, 'TIMEOUT', 0.2)
+    over = threading.Event()
+
+    def stalls(request):
+        request.reply_range(BODY, upto=HALF)
+        request.wfile.flush()
+        over.wait(5)
+
+    server = serve(stalls, good)
+    assert download_file(server.url).read_bytes() == BODY
+    over.set()
+
+
+def test_truncated_for_ever(serve, cache):
+    server = serve(lambda request: request.reply(BODY[:HALF], length=len(BODY)))
+    refused(server.url, f'{HALF} of {len(BODY)} bytes came', f'tried {download.RETRIES + 1} times', cache / 'w.pth')
+    assert len(server.requests) == download.RETRIES + 1
+    assert visible(cache) == []
+
+
+# Busy and refusing servers
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    waits = []
+    monkeypatch.setattr(download.time, 'sleep', waits.append)
+    return waits
+
+
+def test_back_off(serve, waits, monkeypatch):
+    monkeypatch.setattr(download, 'FIRST_WAIT', 1.0)
+    busy = [lambda request, status=status: request.reply(b'', status) for status in (503, 500, 502, 429)]
+    assert download_file(serve(*busy, good).url).read_bytes() == BODY
+    assert waits == [1, 2, 4, 8]
+
+
+def test_retry_after(serve, waits):
+    later = email.utils.format_datetime(datetime.now(timezone.utc) + timedelta(seconds=50), usegmt=True)
+    server = serve(
+        lambda request: request.reply(b'', 429, Retry_After='7'),
+        lambda request: request.reply(b'', 503, Retry_After=later),
+        lambda request: request.reply(b'', 503, Retry_After='soon'),
+        good,
     )
-    torch.save({'model': state, 'config': Config()}, tmp_path / 'vssmtiny.pth')
-    model = create('vmamba_v0_tiny', source={'file': str(tmp_path / 'vssmtiny.pth')}, **size).eval()
-    image = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(model(image), source(image))
+    assert download_file(server.url).read_bytes() == BODY
+    assert waits[0] == 7 and 40 < waits[1] <= 50 and waits[2] == 0
 
 
-def test_vim_at_another_image_size(tmp_path):
-    """The position embedding is resized; the class token's row stays what it was."""
-    source = timm.create_model('vim_tiny_patch16_224', depth=2)
-    torch.save({'model': source.state_dict(), 'args': Config()}, tmp_path / 'vim.pth')
-    overlay = {'file': str(tmp_path / 'vim.pth')}
-    model = create('vim_tiny_patch16_224', source=overlay, depth=2, img_size=96)
-    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
-    assert torch.equal(model.pos_embed[:, 6 * 6 // 2], source.pos_embed[:, 14 * 14 // 2])
+def test_retry_much_later(serve, waits):
+    server = serve(lambda request: request.reply(b'', 429, Retry_After='3600'))
+    refused(server.url, 'HTTP Error 429', 'try again in 3600 seconds')
+    assert not waits
 
 
-def test_not_found(served):
-    address, _ = served
-    with pytest.raises(CheckpointError, match=r'could not download http://127.*/none\.pth: HTTP Error 404.*overlay'):
-        create(source={'url': f'{address}/none.pth'})
+@pytest.mark.parametrize(
+    ('status', 'says'),
+    [(404, 'moved or removed'), (410, 'removed'), (403, 'refuses access'), (401, 'not public'), (400, 'save it as')],
+)
+def test_refusal_is_final(serve, cache, status, says):
+    server = serve(lambda request: request.reply(b'', status))
+    refused(server.url, f'HTTP Error {status}', says, cache / 'w.pth')
+    assert len(server.requests) == 1 and visible(cache) == []
 
 
-def test_no_server():
-    with serving({}) as (address, _):
+def test_no_server(cache):
+    with serving({}) as server:
         pass
-    with pytest.raises(CheckpointError, match='could not download'):
-        create(source={'url': f'{address}/good.pth'})
+    refused(f'{server.address}/w.pth', 'refused', cache / 'w.pth')
+    assert visible(cache) == []
 
 
-@pytest.mark.parametrize('file', ['cut.pth', 'page.pth'])
-def test_damaged_download_does_not_stay_in_the_cache(served, torch_home, file):
-    address, requests = served
+@pytest.mark.parametrize('page', [b'<html>login</html>', b'\n<!DOCTYPE html><TITLE>Google Drive -\n Quota</TITLE>'])
+def test_web_page_instead_of_the_file(serve, cache, page):
+    server = serve(lambda request: request.reply(page, Content_Type='text/html', ETag='"1"'))
+    message = refused(server.url, 'a web page', 'in a browser', cache / 'w.pth')
+    assert ('"Google Drive - Quota"' in message) == (b'Quota' in page)
+    assert len(server.requests) == 1 and visible(cache) == []
+
+
+def test_redirections(serve, monkeypatch):
+    server = serve(good)
+    server.answers['/moved/w.pth'] = lambda request: request.reply(b'', 302, Location='/w.pth')
+    assert download_file(f'{server.address}/moved/w.pth').read_bytes() == BODY
+    request = download.Request('https://example.org/w.pth')
+    with pytest.raises(download._Refused, match='without encryption'):
+        download._Redirects().redirect_request(request, None, 302, '', {}, 'http://example.org/w.pth')
+
+
+# Digests
+
+
+def test_wrong_digest(serve, cache, recorded):
+    server = serve(good)
+    recorded(server.url, sha256='0' * 64, size=len(BODY))
+    refused(server.url, DIGEST, '0' * 64, 'try again', cache / 'w.pth')
+    assert visible(cache) == []
+
+
+def test_wrong_size_is_known_before_the_bytes_come(serve, cache, recorded):
+    server = serve(lambda request: request.reply(BODY[:100], length=len(BODY)))
+    recorded(server.url, sha256=DIGEST, size=7)
+    refused(server.url, f'a file of {len(BODY)} bytes, and 7 were published')
+    assert len(server.requests) == 1 and visible(cache) == []
+
+
+def test_damaged_cached_file_is_downloaded_again(serve, recorded):
+    server = serve(good)
+    recorded(server.url, sha256=DIGEST, size=len(BODY))
+    path = download_file(server.url)
+    assert read_record(path).basis == 'manifest'
+    path.write_bytes(BODY[::-1])
+    assert download_file(server.url).read_bytes() == BODY
+
+
+@pytest.mark.parametrize('etag', [DIGEST, 'f' * 64])
+def test_digest_that_the_hub_states(serve, cache, etag):
+    server = serve(good)
+    moved = lambda request: request.reply(b'', 302, Location='/w.pth', X_Linked_Etag=f'"{etag}"')  # noqa: E731
+    server.answers['/resolve/w.pth'] = moved
+    url = f'{server.address}/resolve/w.pth'
+    if etag == DIGEST:
+        assert read_record(download_file(url)).basis == 'server'
+    else:
+        refused(url, DIGEST, etag)
+        assert visible(cache) == []
+
+
+def test_hub_through_its_mirror(serve, monkeypatch):
+    server = serve(good)
+    server.answers['/org/name/resolve/main/w.pth'] = good
+    monkeypatch.setenv('HF_ENDPOINT', server.address)
+    url = 'https://huggingface.co/org/name/resolve/main/w.pth'
+    assert read_record(download_file(url)).url == url
+
+
+def test_other_file_than_at_first(serve, cache):
+    """Where no digest is published, the first download's counts, until its record is deleted."""
+    server = serve(good, lambda request: request.reply(BODY[::-1]))
+    path = download_file(server.url)
+    path.unlink()
+    assert [file.state for file in cached_files(cache)] == ['deleted, its digest is remembered']
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r'removed from the cache|could not download'):
-            create(source={'url': f'{address}/{file}'})
-    assert requests == [f'/{file}'] * 2
-    assert not list((torch_home / 'hub/checkpoints').iterdir())
+        refused(server.url, f'was {DIGEST} when it was first downloaded', f'delete {record_path(path)}')
+        assert visible(cache) == ['w.pth.vmzoo.json']
+    record_path(path).unlink()
+    assert download_file(server.url).read_bytes() == BODY[::-1]
 
 
-def test_mismatch_keeps_the_download(served, torch_home):
-    address, _ = served
-    with pytest.raises(CheckpointMismatch):
-        create('vmamba_tiny_s1l8', source={'url': f'{address}/good.pth'})
-    assert (torch_home / 'hub/checkpoints/good.pth').is_file()
+def test_cached_file_that_changed(serve, cache):
+    server = serve(good)
+    path = download_file(server.url)
+    path.write_bytes(b'other')
+    assert [file.state for file in cached_files(cache)] == ['changed since it was checked']
+    with pytest.raises(CheckpointError, match=r'w\.pth: changed since it was first used.*delete .*w\.pth\.vmzoo\.json'):
+        download_file(server.url)
+    record_path(path).unlink()
+    assert download_file(server.url).read_bytes() == b'other'
 
 
-def test_missing_local_file_stays_a_file_error():
-    with pytest.raises(FileNotFoundError, match=r'absent\.pth'):
-        create(source={'file': 'absent.pth'})
+def test_touched_file_is_hashed_again(serve):
+    server = serve(good)
+    path = download_file(server.url)
+    os.utime(path, (1, 1))
+    assert download_file(server.url) == path
+    assert read_record(path).describes(path)
 
 
-def test_no_weights_published():
-    with pytest.raises(CheckpointError, match='No weights are published for vmamba_nano'):
-        timm.create_model('vmamba_nano', pretrained=True)
+@pytest.mark.parametrize('text', ['', '[]', '{"url": 3}', '\xff'])
+def test_damaged_record_counts_as_none(serve, text):
+    server = serve(good)
+    path = download_file(server.url)
+    record_path(path).write_text(text, encoding='latin1')
+    assert download_file(server.url) == path
+    assert json.loads(record_path(path).read_text())['sha256'] == DIGEST
 
 
-def test_recorded_digest_is_verified(served, published, torch_home, monkeypatch):
-    address, _ = served
-    url = f'{address}/good.pth'
-    content = published.read_bytes()
-    digests = {url: {'sha256': sha256(content).hexdigest(), 'size': len(content)}}
-    monkeypatch.setattr(manifest, '_entries', lambda: digests)
-    create(source={'url': url})
-
-    cached = torch_home / 'hub/checkpoints/good.pth'
-    cached.write_bytes(content + b'\0')
-    with pytest.raises(CheckpointError, match=f'has {len(content) + 1} bytes.*should have {len(content)}'):
-        create(source={'url': url})
-    digests[url]['sha256'] = '0' * 64
-    with pytest.raises(CheckpointError, match='SHA-256 is'):
-        create(source={'url': url})
-    assert not cached.exists()
+# Offline, disks
 
 
-def test_manifest_covers_every_published_weight():
-    weights = manifest.published_weights()
-    assert {weight.name for weight in weights} >= {'vmamba_tiny_s1l8.in1k', 'vmamba_v0_base.dp05_in1k'}
-    assert all(weight.license for weight in weights), 'every published weight states its licence'
-    urls = json.loads(manifest.resources.files('vmzoo.weights').joinpath('manifest.json').read_text())
-    assert urls.keys() == {weight.url for weight in weights}
-    metrics = {weight.name: weight.metrics for weight in weights}
-    assert metrics['vmamba_v0_small.in1k'] and not metrics['vmunet_isic.vmamba_in1k'], 'its encoder only starts there'
+@pytest.mark.parametrize('name', download.OFFLINE)
+def test_offline(serve, cache, monkeypatch, name):
+    server = serve(good)
+    monkeypatch.setenv(name, '1')
+    refused(server.url, f'{cache / "w.pth"}: not in the cache', name, 'save it as that file')
+    assert not cache.exists() and not server.requests
+    cache.mkdir(parents=True)
+    (cache / 'w.pth').write_bytes(BODY)
+    assert download_file(server.url) == cache / 'w.pth'
+    assert not server.requests
+
+
+def test_disk_is_full_beforehand(serve, cache, monkeypatch):
+    monkeypatch.setattr(download.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=1000))
+    refused(serve(good).url, 'no space is left', '0.5 MB are needed and 0.0 MB free', 'VMZOO_HOME')
+    assert visible(cache) == []
+
+
+def test_disk_becomes_full(serve, cache, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(download.os, 'fsync', full)
+    server = serve(good)
+    refused(server.url, 'No space left on device', 'VMZOO_HOME')
+    assert visible(cache) == []
+    monkeypatch.undo()
+    assert download_file(server.url, cache).read_bytes() == BODY  # the lock is free
+
+
+def test_folder_that_may_not_be_written(serve, cache, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    server = serve(good)
+    monkeypatch.setattr(download.Path, 'mkdir', denied)
+    refused(server.url, 'Permission denied', cache, 'VMZOO_HOME')
+    assert not server.requests
+
+
+def test_cached_file_in_a_folder_that_may_not_be_written(serve, cache, monkeypatch):
+    """No lock is taken and no record needed."""
+    cache.mkdir(parents=True)
+    (cache / 'w.pth').write_bytes(BODY)
+
+    def denied(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(download.Path, 'write_text', denied)
+    monkeypatch.setattr(download.FileLock, 'acquire', denied)
+    for _ in range(2):
+        assert download_file(serve(good).url) == cache / 'w.pth'
+    assert visible(cache) == ['w.pth']
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
+def test_really_read_only_folder(serve, tmp_path):
+    folder = tmp_path / 'read_only'
+    folder.mkdir(mode=0o500)
+    refused(serve(good).url, 'Permission denied', 'VMZOO_HOME', cache_dir=folder)
+
+
+# Processes
+
+
+def start(url, folder):
+    """Starts a process that downloads."""
+    code = 'import sys; from vmzoo.weights import download_file; print(download_file(sys.argv[1], sys.argv[2]))'
+    return subprocess.Popen([sys.executable, '-c', code, url, str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_processes_download_once(serve, tmp_path, caplog):
+    both = threading.Event()
+    server = serve(lambda request: (both.wait(60), good(request)))
+    process = start(server.url, tmp_path)
+    wait_until(lambda: server.requests)
+    caplog.set_level('INFO', 'vmzoo.weights.download')
+    second = threading.Thread(target=download_file, args=(server.url, tmp_path))
+    second.start()
+    wait_until(lambda: 'Waiting for another process' in caplog.text)
+    both.set()
+    second.join()
+    assert process.communicate(timeout=60)[0] == f'{tmp_path / "w.pth"}\n'
+    assert len(server.requests) == 1
+
+
+def test_failure_frees_those_that_wait(serve, cache):
+    """Each of them tries for itself."""
+    arrived = threading.Barrier(2)
+    server = serve(lambda request: (time.sleep(0.2), request.reply(b'', 404)))
+
+    def fails():
+        arrived.wait(10)
+        refused(server.url, 'HTTP Error 404')
+        failures.append(1)
+
+    failures = []
+    threads = [threading.Thread(target=fails) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(failures) == len(server.requests) == 2
+
+
+def test_threads_download_once(serve):
+    server = serve(lambda request: (time.sleep(0.1), good(request)))
+    threads = [threading.Thread(target=download_file, args=(server.url,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 1
+
+
+def test_killed_process_leaves_what_the_next_one_goes_on_with(serve, tmp_path):
+    sent, over = threading.Event(), threading.Event()
+
+    def stalls(request):
+        request.reply_range(BODY, upto=HALF)
+        request.wfile.flush()
+        sent.set()
+        over.wait(60)
+
+    server = serve(stalls, good)
+    process = start(server.url, tmp_path)
+    assert sent.wait(60)
+    part = tmp_path / 'w.pth.part'
+    wait_until(lambda: part.exists() and part.stat().st_size)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    over.set()
+    held = part.stat().st_size
+    assert download_file(server.url, tmp_path).read_bytes() == BODY
+    assert server.requests[1] == ('/w.pth', f'bytes={held}-')
+
+
+# What is in the cache
+
+
+def test_list_and_remove(serve, cache, recorded):
+    server = serve(good)
+    path = download_file(server.url)
+    (cache / 'placed.pth').write_bytes(b'placed')
+    (cache / 'of_another_program.pth').write_bytes(b'unknown')
+    placed = f'{server.address}/placed.pth'
+    states = {file.path.name: (file.size, file.url, file.state) for file in cached_files(cache, [placed])}
+    assert states == {
+        'w.pth': (len(BODY), server.url, 'as first used, no digest is published'),
+        'placed.pth': (6, placed, 'not checked yet'),
+    }
+    recorded(server.url, sha256=DIGEST, size=len(BODY))
+    assert [file.state for file in cached_files(cache)] == ['as published']
+    remove_cached(path)
+    assert visible(cache) == ['of_another_program.pth', 'placed.pth']
+    assert cached_files(cache / 'none') == []

@@ -1,12 +1,12 @@
 """`vmzoo info NAME`: one model in full."""
 
 import argparse
-import difflib
 import json
 
-from vmzoo.models._registry import default_cfgs_of, list_architectures, summary_of
+from vmzoo.models._registry import summary_of
 from vmzoo.weights import published_weights
 
+from .names import find_model
 from .output import print_fields
 
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: Unknown model or tag.
     """
-    name, cfg = _find(args.name)
+    name, cfg = find_model(args.name)
     summary = summary_of(name)
     weights = [weight for weight in published_weights() if weight.name.partition('.')[0] == name]
     if args.json:
@@ -71,21 +71,6 @@ def run(args: argparse.Namespace) -> int:
         fields.append(('weights', 'none published'))
     print_fields(name, fields)
     return 0
-
-
-def _find(wanted: str):
-    name, _, tag = wanted.partition('.')
-    names = list_architectures()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f'did you mean {" or ".join(close)}?' if close else '`vmzoo list` shows all'
-        raise ValueError(f'unknown model {name}: {hint}')
-    cfgs = default_cfgs_of(name)
-    if not tag:
-        return name, next(iter(cfgs.values()))
-    if tag not in cfgs:
-        raise ValueError(f'{name} has no tag {tag}; it has: {", ".join(cfgs)}')
-    return name, cfgs[tag]
 
 
 def _numbers(values: tuple[float, ...]) -> str:

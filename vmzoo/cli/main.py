@@ -11,6 +11,8 @@ import vmzoo
 COMMANDS = {
     'list': 'list the models, by family, task or size',
     'info': 'show everything known about one model',
+    'download': 'fetch published weights, for machines without internet',
+    'cache': 'list or remove downloaded files',
     'predict': 'classify images',
     'train': 'train a classifier, segmentor or detector',
     'test': 'measure a checkpoint on the test set of a config',

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from rich import filesize
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -30,3 +31,8 @@ def print_fields(title: str, fields: Iterable[tuple[str, str]]) -> None:
     for name, value in fields:
         console.print(f'  [cyan]{name:<{width}}[/]  ', end='')
         console.print(value, markup=False)
+
+
+def bytes_text(size: int) -> str:
+    """`1.5 MB` for 1500000."""
+    return filesize.decimal(size)

@@ -165,7 +165,7 @@ class VMZooBackbone(BaseModule):
     def _load(self, source: str) -> None:
         """Load a checkpoint's path or address."""
         where = {'url': source} if '://' in source else {'file': os.path.expanduser(source)}
-        load_published(self, {'architecture': self.model_name, **where}, load_file=_load_file)
+        load_published(self, where, load_file=_load_file)
 
     def fit(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], LoadReport, tuple[str, ...]]:
         """Turn a published checkpoint, of a classifier or of a dense model, into weights of `model`.

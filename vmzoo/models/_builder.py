@@ -5,17 +5,12 @@ non-strict when the number of classes changes. Here files and downloads are read
 """
 
 import os
-import re
 from collections.abc import Callable
-from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, load_custom_pretrained, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
-
-_DRIVE_DOWNLOAD = 'https://drive.usercontent.google.com/download?id={}&export=download&confirm=t'
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def build_model(
         pretrained: Load weights. Classifier and stem may differ from the file's, as `convert_state_dict` describes.
         pretrained_cfg: Tag or cfg that replaces the registered one.
         pretrained_cfg_overlay: Entries over the cfg: `dict(file='weights.pth')` loads a local file.
-        cache_dir: Where downloads are kept, instead of torch.hub's folder.
+        cache_dir: Where downloads are kept, instead of `$VMZOO_HOME/checkpoints` or torch.hub's folder.
         feature_cfg: How `features_only=True` takes features, if not those of four stages by `forward_intermediates`.
         **kwargs: `pretrained_filter_fn` and the model's own arguments.
 
@@ -105,12 +100,6 @@ def _is_published_file(cfg: dict[str, Any]) -> bool:
     return bool(cfg.get('file') or (cfg.get('url') and not cfg.get('hf_hub_id')))
 
 
-def _download_source(url: str) -> str | tuple[str, str]:
-    """Address to download from; for a page of Google Drive that of its file, and a name for the cache."""
-    page = re.match(r'https://drive\.google\.com/file/d/([\w-]+)', url)
-    return (_DRIVE_DOWNLOAD.format(page[1]), f'google_drive_{page[1]}') if page else url
-
-
 def load_published(
     model: nn.Module,
     cfg: dict[str, Any],
@@ -121,8 +110,8 @@ def load_published(
 
     Args:
         model: The model.
-        cfg: Its `architecture`, and the `file`, or else the `url` that is downloaded if the cache does not have it.
-        cache_dir: Where downloads are kept, instead of torch.hub's folder.
+        cfg: The `file`, or else the `url` that is downloaded if the cache does not have it.
+        cache_dir: Where downloads are kept, instead of `$VMZOO_HOME/checkpoints` or torch.hub's folder.
         load_file: Loads the file, if not `vmzoo.weights.load_checkpoint`.
 
     Raises:
@@ -131,32 +120,19 @@ def load_published(
         CheckpointMismatch: Its weights are of another architecture.
     """
     # Imported here: weights build on models, and most models are never loaded from a file.
-    from vmzoo.weights import CheckpointError, CheckpointMismatch, load_checkpoint, verify
+    from vmzoo.weights import CheckpointError, CheckpointMismatch, download_file, load_checkpoint, remove_cached
 
     load_file = load_file or load_checkpoint
-    url = None if cfg.get('file') else cfg['url']
-
-    def load(model: nn.Module, path: str) -> None:
-        try:
-            if url:
-                verify(path, url)
-            load_file(model, path)
-        except CheckpointMismatch:
-            raise
-        except CheckpointError as error:
-            if url is None:
-                raise
-            # timm takes whatever lies in its cache for a finished download; a damaged file must not stay there.
-            Path(path).unlink(missing_ok=True)
-            raise CheckpointError(f'{error}. It came from {url} and was removed from the cache; try again.') from error
-
+    if cfg.get('file'):
+        load_file(model, cfg['file'])
+        return
+    path = download_file(cfg['url'], cache_dir)
     try:
-        source = cfg if url is None else {**cfg, 'url': _download_source(url)}
-        load_custom_pretrained(model, source, load_fn=load, cache_dir=cache_dir)
-    except (OSError, HTTPException) as error:
-        if url is None:
-            raise
+        load_file(model, str(path))
+    except CheckpointMismatch:
+        raise
+    except CheckpointError as error:
+        remove_cached(path)  # no digest is known, or the first download was damaged already
         raise CheckpointError(
-            f'{cfg["architecture"]}: could not download {url}: {error}. Download the file by other means and pass '
-            "pretrained_cfg_overlay=dict(file='path/to/file'), or build the model with pretrained=False."
+            f'{error}. It came from {cfg["url"]} and was removed from the cache; try again.'
         ) from error

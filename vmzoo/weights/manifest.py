@@ -2,7 +2,7 @@
 
 Address, licence and source of a weight stand in the model's `default_cfgs`; `manifest.json` adds, by address, what
 timm's cfg has no field for: the file's SHA-256 and size, and the accuracy that its publisher states. A digest of `null`
-means that nobody has recorded it yet, and nothing is verified.
+means that nobody has recorded it yet; what is downloaded first is then what later files are compared with.
 """
 
 import functools
@@ -11,9 +11,6 @@ import json
 import os
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
-
-from .errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -61,25 +58,32 @@ def published_weights() -> list[PublishedWeight]:
     return weights
 
 
-def verify(path: str | os.PathLike[str], url: str) -> None:
-    """Compares a downloaded file with the recorded digest of its address, if one is recorded.
+@dataclass(frozen=True)
+class Digest:
+    """What a file is known by; None while unrecorded."""
 
-    Raises:
-        CheckpointError: Size or SHA-256 differ.
-    """
+    sha256: str | None = None
+    size: int | None = None
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> 'Digest':
+        hasher, size = hashlib.sha256(), 0
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+                size += len(block)
+        return cls(hasher.hexdigest(), size)
+
+    def mismatch(self, found: 'Digest') -> str:
+        """Says how another file differs from this one; nothing if it does not, as far as is recorded."""
+        if self.size not in (None, found.size):
+            return f'it has {found.size} bytes and should have {self.size}'
+        if self.sha256 not in (None, found.sha256):
+            return f'its SHA-256 is {found.sha256} and should be {self.sha256}'
+        return ''
+
+
+def digest_of(url: str) -> Digest:
+    """Returns the recorded digest of the file at an address."""
     entry = _entries().get(url, {})
-    size = Path(path).stat().st_size
-    if entry.get('size') is not None and size != entry['size']:
-        raise CheckpointError(f'{path}: has {size} bytes, {url} should have {entry["size"]}')
-    if entry.get('sha256') is not None:
-        found = _sha256(path)
-        if found != entry['sha256']:
-            raise CheckpointError(f'{path}: SHA-256 is {found}, of {url} it should be {entry["sha256"]}')
-
-
-def _sha256(path: str | os.PathLike[str]) -> str:
-    hasher = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
+    return Digest(entry.get('sha256'), entry.get('size'))
