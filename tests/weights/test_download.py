@@ -110,7 +110,10 @@ def test_same_name_from_two_addresses(serve, cache):
         assert download_file(server.url).read_bytes() == BODY
         assert download_file(other).read_bytes() == b'other'
     assert len(server.requests) == 2
-    assert download_file(other).parent == cache and download_file(other).suffix == '.pth'
+    path = download_file(other)
+    assert path.parent == cache and path.suffix == '.pth'
+    remove_cached(cache / 'w.pth')
+    assert download_file(other) == path
 
 
 @pytest.mark.parametrize('path', ['/', '/..', '/.', ''])
@@ -292,6 +295,16 @@ def test_web_page_instead_of_the_file(serve, cache, page):
     message = refused(server.url, 'a web page', 'in a browser', cache / 'w.pth')
     assert ('"Google Drive - Quota"' in message) == (b'Quota' in page)
     assert len(server.requests) == 1 and visible(cache) == []
+
+
+def test_web_page_in_between(serve, cache, monkeypatch):
+    """What was downloaded before a quota was used up is not lost."""
+    monkeypatch.setattr(download, 'RETRIES', 0)
+    server = serve(cut, lambda request: request.reply(b'<html>quota</html>'), good)
+    refused(server.url, 'bytes are kept')
+    refused(server.url, 'a web page')
+    assert download_file(server.url).read_bytes() == BODY
+    assert server.requests[2] == ('/w.pth', f'bytes={HALF}-')
 
 
 def test_redirections(serve, monkeypatch):

@@ -146,12 +146,11 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def place_of(url: str, folder: Path) -> Path:
     """Returns where the file of an address is kept: under its own name, unless that is another address's."""
     name = _file_name(url)
-    path = folder / name
-    record = read_record(path)
-    if record is None or record.url == url:
-        return path
     stem, dot, suffix = name.partition('.')
-    return folder / f'{stem}-{_short(url)}{dot}{suffix}'
+    plain, distinct = folder / name, folder / f'{stem}-{_short(url)}{dot}{suffix}'
+    records = {path: read_record(path) for path in (plain, distinct)}
+    own = [path for path, record in records.items() if record and record.url == url]
+    return own[0] if own else distinct if records[plain] else plain
 
 
 def lock_of(url: str, folder: Path) -> Path:

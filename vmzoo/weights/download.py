@@ -49,6 +49,7 @@ FIRST_WAIT = 1.0  # seconds before the second try, doubled for every other
 MAX_WAIT = 120  # seconds that a server may ask to wait
 BLOCK = 1 << 20
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
+ELSEWHERE = 'set VMZOO_HOME (or cache_dir) to another folder.'
 REMEDIES = {
     401: 'The file is not public: ask its publisher for access.',
     403: 'The server refuses access: the file may have been made private, or its quota is used up; try again tomorrow.',
@@ -117,12 +118,11 @@ def _damaged(url: str, folder: Path) -> str:
 
 
 def _disk_problem(url: str, folder: Path, error: OSError) -> str:
-    elsewhere = 'set VMZOO_HOME (or cache_dir) to another folder.'
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f'could not download {url}: no space is left for {folder} ({error.strerror}). Free some, or {elsewhere}'
+        return f'could not download {url}: no space is left for {folder} ({error.strerror}). Free some, or {ELSEWHERE}'
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f'could not download {url}: {error}: the cache may not be written. Change that, or {elsewhere}'
-    return f'could not download {url} to {folder}: {error}. If the disk cannot be used, {elsewhere}'
+        return f'could not download {url}: {error}. Change the permissions, or {ELSEWHERE}'
+    return f'could not download {url} to {folder}: {error}. Repair that, or {ELSEWHERE}'
 
 
 @contextmanager
@@ -203,29 +203,30 @@ class _Download:
         part, redirects = self.part, _Redirects()
         with self._open(redirects) as response:
             redirects.note(response.headers)
-            if response.status != 206:
-                part.start(response.headers, redirects.sha256)
-            elif not part.is_continued_by(response.headers):
+            block = _read(response)
+            if response.status == 206 and not part.is_continued_by(response.headers):
                 part.discard()
                 raise _Interrupted('the file changed on the server', delay=0)
-            self._check_room()
+            if response.status != 206 and block.lstrip().startswith(b'<'):
+                raise _web_page(block)
             try:
-                received = self._append(response, show)
+                if response.status != 206:
+                    part.start(response.headers, redirects.sha256)
+                self._check_room()
+                received = self._append(block, response, show)
             except OSError:  # of the disk: those of the network are _Interrupted
                 part.discard()
                 raise
         if part.total is not None and received < part.total:
             raise _Interrupted(f'the connection was cut: {received} of {part.total} bytes came')
 
-    def _append(self, response: HTTPResponse, show: Callable[[int, int | None], None]) -> int:
-        """Returns how many bytes of the file are there."""
+    def _append(self, block: bytes, response: HTTPResponse, show: Callable[[int, int | None], None]) -> int:
+        """Writes a block and what follows it, and returns how many bytes of the file are there."""
         with self.part.path.open('ab') as file:
-            while block := _read(response):
-                if file.tell() == 0 and block.lstrip().startswith(b'<'):
-                    self.part.discard()
-                    raise _web_page(block)
+            while block:
                 file.write(block)
                 show(file.tell(), self.part.total)
+                block = _read(response)
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
@@ -265,7 +266,8 @@ class _Download:
         if missing > free:
             if missing == total:
                 self.part.discard()
-            raise OSError(errno.ENOSPC, f'{missing / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB free')
+            problem = f'no space is left: {missing / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB free in {folder}'
+            raise _Refused(problem, f'Free some, or {ELSEWHERE}')
 
     def _check(self) -> None:
         """Gives the file its name if it is the right one, and throws it away if not."""
