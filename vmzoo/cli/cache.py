@@ -26,7 +26,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: A file to remove is not in the cache.
     """
     folder = cache_folder(args.cache_dir)
-    names = {weight.url: weight.name for weight in published_weights() if not weight.hub_id}
+    names: dict[str, str] = {}  # of the weights that are in a file: other models may start from them
+    for weight in published_weights():
+        if not weight.hub_id:
+            names[weight.url] = ', '.join(filter(None, (names.get(weight.url), weight.name)))
     files = cached_files(folder, names)
     if args.remove:
         for pattern in args.remove:
