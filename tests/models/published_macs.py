@@ -35,6 +35,7 @@ GMACS = {
     'vmamba_v0_tiny': 5.6,
     'vmamba_v0_small': 11.2,
     'vmamba_v0_base': 18.0,
+    'msvmunet_synapse': 15.53 / 2,  # states two operations for each
     'mambaout_kobe': 1.5,
     'mambaout_tiny': 4.5,
     'mambaout_small': 9.0,

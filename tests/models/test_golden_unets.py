@@ -1,6 +1,7 @@
 """U-Nets equal the published implementations: same keys and shapes, same numbers."""
 
 import logging
+import re
 
 import pytest
 import timm
@@ -15,6 +16,8 @@ from vmzoo.weights import CheckpointMismatch
 OPTIONS = {
     'vmunet/vmunet_isic': {},
     'vmunet/vmunet_2292': {'num_classes': 4},
+    'msvmunet/msvmunet_synapse': {},
+    'msvmunet/msvmunet_small_synapse': {},
 }
 
 
@@ -24,13 +27,15 @@ def build(name: str, **kwargs) -> torch.nn.Module:
 
 @torch.inference_mode()
 def outputs(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    inputs, stages = model.encode(x)
+    maps = {}
+    for i, stage in enumerate(model.decoder):
+        stage.register_forward_hook(lambda module, args, y, i=i: maps.update({f'dec{i}': y}))
     got = {'logits': model(x)}
-    got |= {f'skip{i}': y.permute(0, 3, 1, 2) for i, y in enumerate(inputs)}
-    got['bottleneck'] = stages[-1].permute(0, 3, 1, 2)
-    if model.num_classes == 1:
-        got['prob'] = got['logits'].sigmoid()
-    return got
+    got['prob'] = got['logits'].sigmoid()
+    inputs, stages = model.encode(x)
+    maps |= {f'skip{i}': y for i, y in enumerate(inputs)} | {f'feat{i}': y for i, y in enumerate(stages)}
+    maps['bottleneck'] = stages[-1]
+    return got | {key: y.permute(0, 3, 1, 2) for key, y in maps.items()}
 
 
 @pytest.mark.parametrize('name', OPTIONS)
@@ -61,6 +66,29 @@ def test_vmunet_starts_encoder_and_decoder_from_a_classifier_as_published(caplog
     assert len(before) == expected['model_tensors']
     with torch.inference_mode():
         assert golden.error(model.double()(x.double()).numpy(), want['logits']) < 1e-5
+
+
+def test_msvmunet_starts_its_encoder_from_a_classifier(caplog):
+    classifier = timm.create_model('vmamba_nano', depths=(1, 1, 2, 1), embed_dim=16)
+    model = timm.create_model('msvmunet_synapse', depths=(1, 1, 2, 1), decoder_depths=(1, 1, 1), embed_dim=16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with caplog.at_level(logging.WARNING):
+        model.load_state_dict(vmzoo.convert_state_dict({'model': classifier.state_dict()}, model))
+    assert 'decoder.0.fuse' in caplog.text and 'head stay as initialised' in caplog.text
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        got, want = (m.eval().forward_intermediates(x, intermediates_only=True) for m in (model, classifier))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if 'encoder' not in key)
+
+
+def test_linear_layers_stored_as_convolutions_load():
+    model = timm.create_model('msvmunet_synapse', depths=(1, 1, 1, 1), decoder_depths=(1, 1, 1), embed_dim=16)
+    state = model.state_dict()
+    is_linear = re.compile(r'(proj|fc\d)\.weight$')
+    stored = {key: value[..., None, None] if is_linear.search(key) else value for key, value in state.items()}
+    converted = vmzoo.convert_state_dict(stored, model)
+    assert all(torch.equal(converted[key], value) for key, value in state.items())
 
 
 def test_vmunet_refuses_a_classifier_of_another_generation():

@@ -16,6 +16,7 @@ class VSSBlock(nn.Module):
         mixer_layer: Class of the token mixer, called with `dim` and `mixer_kwargs`.
         mlp_ratio: Hidden width of the MLP over `dim`; 0 leaves the MLP out.
         mlp_act_layer: Activation of the MLP.
+        mlp_layer: Class of the MLP, called as `Mlp` is.
         drop_path: Stochastic depth rate of both branches.
         mixer_kwargs: Options of the mixer.
     """
@@ -26,6 +27,7 @@ class VSSBlock(nn.Module):
         mixer_layer: type[nn.Module] = SS2D,
         mlp_ratio: float = 4.0,
         mlp_act_layer: type[nn.Module] = nn.GELU,
+        mlp_layer: type[nn.Module] = Mlp,
         drop_path: float = 0.0,
         device=None,
         dtype=None,
@@ -38,7 +40,7 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = LayerNorm(dim, **dd)
-            self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=mlp_act_layer, **dd)
+            self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=mlp_act_layer, **dd)
         else:
             self.mlp = None
 

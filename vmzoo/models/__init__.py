@@ -8,6 +8,7 @@ from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .lbmamba import LBVim, LBVimBackbone
 from .mambayolo import MambaYOLO
 from .mobilemamba import MobileMamba
+from .msvmunet import MSVMUNet
 from .resvmamba import ResVMamba
 from .roma import RoMA, RoMADense
 from .rsmamba import RSMamba
@@ -26,6 +27,7 @@ __all__ = [
     'HRVMambaPyramid',
     'LBVim',
     'LBVimBackbone',
+    'MSVMUNet',
     'MambaMlp',
     'MambaReg',
     'MambaYOLO',

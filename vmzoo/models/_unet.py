@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import calculate_drop_path_rates, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -13,6 +13,12 @@ from ..layers import check_images
 from ._hierarchical import HierarchicalBackbone, ScanBackbone, Stage
 
 _logger = logging.getLogger(__name__)
+
+
+def falling_rates(drop_path_rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Stochastic depth rates of a decoder's blocks by stage, falling linearly to zero."""
+    rates = calculate_drop_path_rates(drop_path_rate, depths[::-1], stagewise=True)
+    return [stage[::-1] for stage in rates[::-1]]
 
 
 class DecoderStage(Stage):

@@ -25,7 +25,7 @@ from ..layers import SS2D, NormPoolHead, PatchExpand, PatchMerging, PatchStem, V
 from ._builder import build_model
 from ._conv_unet import segmentation_cfg
 from ._hierarchical import HierarchicalBackbone, Stage, stage_dims
-from ._unet import DecoderStage, UNet, fill_from_model, without_surplus
+from ._unet import DecoderStage, UNet, falling_rates, fill_from_model, without_surplus
 from .vmamba import checkpoint_filter_fn as convert_vmamba
 
 __all__ = ['VMUNet']
@@ -92,10 +92,9 @@ class VMUNet(UNet):
         )
         decoder = []
         dims = dims[::-1]
-        reversed_rates = calculate_drop_path_rates(drop_path_rate, decoder_depths[::-1], stagewise=True)[::-1]
-        for i, rates in enumerate(reversed_rates):
+        for i, rates in enumerate(falling_rates(drop_path_rate, decoder_depths)):
             up = PatchExpand(*dims[i - 1 : i + 1], **dd) if i else None
-            decoder.append(DecoderStage(blocks(dims[i], rates[::-1]), up))
+            decoder.append(DecoderStage(blocks(dims[i], rates), up))
         num_features = dims[-1] // patch_size
         final_up = PatchExpand(dims[-1], num_features, patch_size, **dd)
         super().__init__(encoder, decoder, final_up, num_features, num_classes, drop_rate)
