@@ -18,6 +18,7 @@ from .environment import require
 from .hooks import BestAndLastHook, NonFiniteLossHook, ProgressHook, StepSeedHook
 from .inheritance import config_folder
 from .metrics import ClassificationMetric
+from .necks import UpsamplingFPN
 from .optim import AutocastOptimWrapper, VMZooOptimWrapperConstructor
 from .runner import VMZooFlexibleRunner, VMZooRunner
 from .seeding import SeededDataset, SeededSampler
@@ -35,6 +36,7 @@ __all__ = [
     'SeededDataset',
     'SeededSampler',
     'StepSeedHook',
+    'UpsamplingFPN',
     'VMZooBackbone',
     'VMZooClassifier',
     'VMZooFSDPStrategy',

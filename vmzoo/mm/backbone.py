@@ -16,7 +16,7 @@ from vmzoo.layers import LayerNorm
 from vmzoo.models._builder import load_published
 from vmzoo.models._registry import family_of
 from vmzoo.models.efficientvim import CLASSIFIER_PARAMETERS
-from vmzoo.weights import CheckpointMismatch, LoadReport, read_checkpoint
+from vmzoo.weights import CheckpointMismatch, LoadReport, published_weights, read_checkpoint
 from vmzoo.weights.convert import PREFIXES, convert
 
 from .layer_depth import layer_depths
@@ -34,8 +34,8 @@ class VMZooBackbone(BaseModule):
 
     Args:
         model_name: A name of `vmzoo list`.
-        pretrained: True for the published weights, or a checkpoint's path or address. They load at once, strictly, and
-            the log says what was not taken.
+        pretrained: True for the published weights, or a checkpoint: its path, its address, or the name of a published
+            one ('vmamba_tiny_s1l8.in1k'). They load at once, strictly, and the log says what was not taken.
         out_indices: Maps to return, in increasing order, counted from 0 or, if negative, from the end. They are stages,
             or blocks of a model of one resolution. None: all stages, or four blocks at equal distances.
         frozen_stages: The last stage (or block) that is not trained, counted from 1; 0 freezes the stem alone, -1
@@ -163,7 +163,8 @@ class VMZooBackbone(BaseModule):
         self.is_init = True
 
     def _load(self, source: str) -> None:
-        """Load a checkpoint's path or address."""
+        """Load the path, the address or the published name of a checkpoint."""
+        source = {weight.name: weight.url for weight in published_weights()}.get(source, source)
         where = {'url': source} if '://' in source else {'file': os.path.expanduser(source)}
         load_published(self, where, load_file=_load_file)
 
