@@ -22,6 +22,7 @@ from mmcv.transforms import Compose
 from models.exemptions import SMALL
 
 from vmzoo.mm import VMZooBackbone, config_folder
+from vmzoo.mm.config import complete
 from vmzoo.models._registry import family_of
 from vmzoo.weights import published_weights
 
@@ -99,6 +100,7 @@ def test_published_size(path):
     """Widths of backbone and heads agree; optimiser and schedule build, and the schedule ends with the training."""
     cfg = Config.fromfile(path)
     assert cfg.default_scope == TASKS[path.parent.name]
+    assert complete(cfg).model == cfg.model
     with torch.device('meta'):
         model = build(cfg).eval()
     assert isinstance(model.backbone, VMZooBackbone)

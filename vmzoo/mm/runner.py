@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
@@ -199,7 +199,9 @@ class VMZooRunner(SafeRunner, Runner):
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
-        """As mmengine's, which passes a GPU's number even where there is no GPU."""
+        """As mmengine's, which passes a GPU's number and leaves SyncBN even where there is no GPU."""
+        if not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)
         if self.distributed and not torch.cuda.is_available() and model_wrapper_cfg is None:
             return MMDistributedDataParallel(
                 module=model,
