@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
@@ -19,13 +19,13 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops')
 
 from mmcv.transforms import Compose
-from models.exemptions import SMALL
 
+from vmzoo.cli.main import main
 from vmzoo.mm import VMZooBackbone, config_folder
 from vmzoo.mm.config import complete
-from vmzoo.models._registry import family_of
 from vmzoo.weights import published_weights
 
+from .small import build_optimisation, small_arguments
 from .test_libraries import batch
 
 TASKS = {'segmentation': 'mmseg', 'detection': 'mmdet'}
@@ -36,9 +36,10 @@ PATHS = [
     for path in sorted((config_folder() / task).glob('*.py'))
     if not path.stem.startswith(('mambayolo_', 'tiny_'))
 ]
-TIMM_SMALL = {
-    'mambaout': {'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)},
-    'efficientvim': {'depths': (1, 1, 1), 'embed_dim': (16, 24, 32), 'state_dim': (4, 4, 4)},
+STATED = {
+    model['Name']: model['Metadata']
+    for task in TASKS
+    for model in yaml.safe_load((config_folder() / task / 'metafile.yml').read_text(encoding='utf-8'))['Models']
 }
 SIZE = 64
 
@@ -56,11 +57,6 @@ one_of_each_kind = pytest.mark.parametrize('path', {kind(p): p for p in PATHS}.v
 def build(cfg: Config) -> nn.Module:
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return revert_sync_batchnorm(MODELS.build(cfg.model))
-
-
-def small_arguments(model_name: str) -> dict:
-    family = family_of(model_name)
-    return {**TIMM_SMALL.get(family, {}), **SMALL.get(family, {}), **SMALL.get(model_name, {})}
 
 
 def shrink(cfg: Config) -> Config:
@@ -104,16 +100,14 @@ def test_published_size(path):
     with torch.device('meta'):
         model = build(cfg).eval()
     assert isinstance(model.backbone, VMZooBackbone)
+    assert sum(p.numel() for p in model.parameters()) == STATED[path.stem]['Parameters']
     with torch.no_grad():
         maps = model.extract_feat(torch.zeros(1, 3, 2 * SIZE, 2 * SIZE, device='meta'))
         for head in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head'):
             if hasattr(model, head):
                 assert getattr(model, head)(maps) is not None
 
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    for scheduler in cfg.param_scheduler:
-        PARAM_SCHEDULERS.build(dict(scheduler), default_args=dict(optimizer=wrapper, epoch_length=10))
-    assert cfg.param_scheduler[-1].end == cfg.train_cfg.get('max_iters', cfg.train_cfg.get('max_epochs'))
+    build_optimisation(cfg, model)
 
 
 @one_of_each_kind
@@ -154,6 +148,32 @@ model = dict(backbone=dict(init_cfg=None), decode_head=dict(num_classes=3), auxi
     with torch.device('meta'):
         model = build(cfg)
     assert model.num_classes == 3 and model.backbone.model_name == 'vmamba_tiny_s1l8'
+
+
+def test_trains_and_validates_on_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ('training', 'validation'):
+        for kind, shape, suffix in (('images', (96, 96, 3), 'jpg'), ('annotations', (96, 96), 'png')):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for i in range(2):
+                picture = Image.fromarray(rng.integers(3, size=shape, dtype=np.uint8))
+                picture.save(tmp_path / kind / split / f'{i}.{suffix}')
+    small = dict(small_arguments('vmamba_tiny_s1l8'), init_cfg=None)
+    options = [
+        *(f'model.backbone.{key}={value}' for key, value in small.items()),
+        *(
+            'model.decode_head.in_channels=[16,32,64,128]',
+            'model.decode_head.channels=16',
+            'model.decode_head.num_classes=3',
+        ),
+        *('model.auxiliary_head.in_channels=64', 'model.auxiliary_head.num_classes=3'),
+        *('train_cfg.max_iters=1', 'train_cfg.val_interval=1'),
+        *('train_dataloader.num_workers=0', 'val_dataloader.num_workers=0'),
+    ]
+    arguments = ['upernet_vmamba_tiny_s1l8_ade20k', '--data', str(tmp_path), '--work-dir', str(tmp_path / 'work')]
+    assert main(['train', *arguments, '--cfg-options', *options]) == 0
+    log = next((tmp_path / 'work').rglob('scalars.json')).read_text(encoding='utf-8')
+    assert '"decode.loss_ce"' in log and '"mIoU"' in log
 
 
 # Pipelines
