@@ -14,17 +14,19 @@ TASKS = ('classification', 'segmentation', 'detection')
 
 HEAD = """# Configs of published results
 
-`vmzoo train NAME` trains each of these with its authors' recipe; `vmzoo test NAME FILE` measures a checkpoint. The config
-says which of its settings are published, which are the usual ones, and what is left out. Results are those that the authors
-state, not reproduced here; `-` is for models of which they state none, or only a difference to another model. Weights are
-the authors' files, under their licence, which is often not stated: they are listed, not redistributed. Those of a whole
-segmentor or detector load with `--load-from`.
+`vmzoo train NAME` trains each of these with its authors' recipe; `vmzoo test NAME FILE` measures a checkpoint. The
+config says which of its settings are published, which are the usual ones, and what is left out. Results are those
+that the authors state, not reproduced here; `-` is for models of which they state none, or only a difference to
+another model. Weights are the authors' files, under their licence, which is often not stated: they are listed, not
+redistributed. Those of a whole segmentor or detector load with `--load-from`.
 
 ImageNet-1k belongs into `data/imagenet/{train,val}/<class>`, ADE20K into `data/ade/ADEChallengeData2016`, COCO into
-`data/coco`; `--data DIR` says otherwise. A config that serves several models has a row for each: `--model NAME` chooses.
+`data/coco`; `--data DIR` says otherwise. A config that serves several models has a row for each: `--model NAME`
+chooses.
 
-A2Mamba's segmentors have a decoder of their own, and Vim's and LBMamba's detectors are ViTDet's in detectron2: they have
-no config here. Nor has HRVMamba's pose estimation, whose data pipelines are mmpose's; its models are in `vmzoo list`.
+A2Mamba's segmentors have a decoder of their own, and Vim's and LBMamba's detectors are ViTDet's in detectron2: they
+have no config here. Nor has HRVMamba's pose estimation, whose data pipelines are mmpose's; its models are in `vmzoo
+list`.
 """
 
 
