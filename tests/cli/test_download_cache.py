@@ -40,7 +40,7 @@ def server(cache, monkeypatch):
         published = [
             PublishedWeight(name, f'{server.address}/{name}.pth', None, 'mit', None, None, {}) for name in WEIGHTS
         ]
-        for module in ('download', 'cache'):
+        for module in ('download', 'cache', 'names'):
             monkeypatch.setattr(f'vmzoo.cli.{module}.published_weights', lambda: published)
         yield server
 

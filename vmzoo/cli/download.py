@@ -10,7 +10,7 @@ from timm.models import load_state_dict_from_hf
 from vmzoo.models._registry import family_of, list_architectures
 from vmzoo.weights import CheckpointError, PublishedWeight, cached_files, download_file, published_weights
 
-from .names import find_model
+from .names import find_weight
 from .output import bytes_text, print_table
 
 
@@ -45,24 +45,12 @@ def run(args: argparse.Namespace) -> int:
 def _wanted(args: argparse.Namespace) -> list[PublishedWeight]:
     if bool(args.names) == bool(args.all_of):
         raise ValueError('give names of models, or --all-of FAMILY')
-    weights = {weight.name: weight for weight in published_weights()}
-    if args.all_of:
-        found = [weight for name, weight in weights.items() if family_of(name.partition('.')[0]) == args.all_of]
-        if not found:
-            raise CheckpointError(f'no weights that can be downloaded are published for {args.all_of}')
-        return found
-    wanted = {given: _tagged_name(given) for given in args.names}
-    if missing := [given for given, name in wanted.items() if name not in weights]:
-        raise CheckpointError(
-            f'no weights that can be downloaded are published for {", ".join(missing)}; '
-            '`vmzoo list --pretrained` shows those that are'
-        )
-    return [weights[name] for name in wanted.values()]
-
-
-def _tagged_name(given: str) -> str:
-    name, cfg = find_model(given)
-    return f'{name}.{cfg.tag}'
+    if args.names:
+        return [find_weight(name) for name in args.names]
+    found = [weight for weight in published_weights() if family_of(weight.name.partition('.')[0]) == args.all_of]
+    if not found:
+        raise CheckpointError(f'no weights that can be downloaded are published for {args.all_of}')
+    return found
 
 
 def _fetch(weight: PublishedWeight, cache_dir: Path | None) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ COMMANDS = {
     'list': 'list the models, by family, task or size',
     'info': 'show everything known about one model',
     'download': 'fetch published weights, for machines without internet',
+    'verify': 'check that published weights load and compute what they did',
     'cache': 'list or remove downloaded files',
     'predict': 'classify images',
     'train': 'train a classifier, segmentor or detector',

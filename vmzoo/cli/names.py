@@ -5,6 +5,7 @@ import difflib
 from timm.models._pretrained import PretrainedCfg
 
 from vmzoo.models._registry import default_cfgs_of, list_architectures
+from vmzoo.weights import CheckpointError, PublishedWeight, published_weights
 
 
 def find_model(wanted: str) -> tuple[str, PretrainedCfg]:
@@ -25,3 +26,19 @@ def find_model(wanted: str) -> tuple[str, PretrainedCfg]:
     if tag not in cfgs:
         raise ValueError(f'{name} has no tag {tag}; it has: {", ".join(cfgs)}')
     return name, cfgs[tag]
+
+
+def find_weight(wanted: str) -> PublishedWeight:
+    """Returns the published weights of a name with or without a tag.
+
+    Raises:
+        ValueError: Unknown model or tag.
+        CheckpointError: It has no weights that can be downloaded.
+    """
+    name, cfg = find_model(wanted)
+    for weight in published_weights():
+        if weight.name == f'{name}.{cfg.tag}':
+            return weight
+    raise CheckpointError(
+        f'no weights that can be downloaded are published for {wanted}; `vmzoo list --pretrained` shows those that are'
+    )
