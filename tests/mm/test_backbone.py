@@ -13,7 +13,7 @@ from torch import nn
 
 import vmzoo.mm  # noqa: F401 (registers the backbone)
 from vmzoo.mm import VMZooBackbone
-from vmzoo.weights import CheckpointError, CheckpointMismatch
+from vmzoo.weights import CheckpointError, CheckpointMismatch, published_weights
 
 TIMM_OWN = ['mambaout_femto', 'efficientvim_m1_dist']
 every_model = pytest.mark.parametrize('name', [*NAMES, *TIMM_OWN])
@@ -120,6 +120,16 @@ def test_weights_survive_the_initialisation_of_the_whole_model(tmp_path):
         segmentor.init_weights()
         loaded = segmentor.backbone.model.state_dict()
         assert all(torch.equal(value, source[key]) for key, value in loaded.items() if not key.startswith('outnorm'))
+
+
+def test_a_published_name_stands_for_its_address(monkeypatch):
+    asked = []
+    monkeypatch.setattr('vmzoo.mm.backbone.load_published', lambda model, where, **_: asked.append(where))
+    name = 'vmamba_tiny_s1l8.in1k'
+    small = build('vmamba_nano', init_cfg=dict(type='Pretrained', checkpoint=name))
+    assert asked == []
+    small.init_weights()
+    assert asked == [dict(url=next(weight.url for weight in published_weights() if weight.name == name))]
 
 
 def test_what_a_checkpoint_lacks_is_logged(tmp_path, monkeypatch):
