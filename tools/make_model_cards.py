@@ -22,15 +22,15 @@ TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models
 NOTES = {
     'msvmunet': """
 A U-Net for medical images with VMamba as its encoder. In the decoder, maps grow by large-kernel patch expanding, and
-the MLPs of the blocks see their neighbourhood at three scales. The output has the size of the image, whose sides must be
-multiples of 32. Images of one channel are repeated for a model of three; with `in_chans=1` it takes them as they are.
-Feature maps are those of the encoder.
+the MLPs of the blocks see their neighbourhood at three scales. The output has the size of the image, whose sides must
+be multiples of 32. Images of one channel are repeated for a model of three; with `in_chans=1` it takes them as they
+are. Feature maps are those of the encoder.
 
 The authors published no trained segmentation network. What `pretrained=True` downloads is where their trainings start:
 the VMamba that is the encoder (`vmamba_tiny_s1l8`, `vmamba_small_s1l20`); a warning names what stays as initialised.
 Their README names another file (`vssm_tiny_0230`), which does not fit, and their code trains from scratch without a
-word if it finds none. A file of the encoder's model loads in the same way (`vmzoo.weights.load_checkpoint`), and so do files
-saved by the published trainings, which kept the encoder frozen for the first ten epochs.
+word if it finds none. A file of the encoder's model loads in the same way (`vmzoo.weights.load_checkpoint`), and so do
+files saved by the published trainings, which kept the encoder frozen for the first ten epochs.
 
 `msvmunet_synapse`: 85.00 % Dice, 14.75 mm HD95, as stated; 15.53 G operations, which are two for a multiply-accumulate.
 `msvmunet_acdc`: 92.58 % Dice. Both were selected on the test volumes. No licence is stated for the published code; the
