@@ -19,10 +19,10 @@ demo: $(VENV)/installed-train  ## train on handwritten digits (CPU, 1 to 2 minut
 	$(BIN)/python tools/make_tiny_data.py data --only digits
 	$(BIN)/vmzoo predict --checkpoint work_dirs/vmamba_nano_digits/best.pth data/digits/test --out outputs/digits
 
-test: $(VENV)/installed-train,mm,dev  ## run the tests
+test: $(VENV)/installed-train,mm,medical,dev  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-lint: $(VENV)/installed-train,mm,dev  ## check style and formatting
+lint: $(VENV)/installed-train,mm,medical,dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -80,6 +80,12 @@ setup(
             'onedl-mmdetection>=3.5.1,<4',
             'onedl-mmpretrain>=1.3.6,<2',
         ],
+        'medical': [
+            'h5py>=3.10',
+            'matplotlib>=3.8',
+            'nibabel>=5.2',
+            'pydicom>=3',
+        ],
         'dev': [
             'pytest>=8',
             'pytest-xdist>=3.5',

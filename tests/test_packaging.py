@@ -24,6 +24,9 @@ HEAVY = (
     'sklearn',
     'skimage',
     'cv2',
+    'nibabel',
+    'pydicom',
+    'h5py',
 )
 
 
@@ -141,6 +144,7 @@ LAYERS = {
     'vmzoo/layers': ('vmzoo.models', 'vmzoo.weights', 'vmzoo.mm', 'vmzoo.cli', 'mmengine'),
     'vmzoo/models': ('vmzoo.mm', 'vmzoo.cli', 'mmengine'),
     'vmzoo/weights': ('vmzoo.mm', 'vmzoo.cli', 'mmengine'),
+    'vmzoo/io': ('vmzoo.models', 'vmzoo.weights', 'vmzoo.mm', 'vmzoo.cli', 'mmengine'),
     'vmzoo/mm': ('vmzoo.cli',),
 }
 

@@ -26,8 +26,8 @@ SHORTENED = {
         "'train_dataloader.dataset.input_size=(3,64,64)' 'val_dataloader.dataset.input_size=(3,64,64)' "
         "'test_dataloader.dataset.input_size=(3,64,64)' train_dataloader.batch_size=4"
     ),
-    'make lint': "make -n -o '{env}/installed-train,mm,dev' 'VENV={env}' lint",
-    'make test': "make -n -o '{env}/installed-train,mm,dev' 'VENV={env}' test",
+    'make lint': "make -n -o '{env}/installed-train,mm,medical,dev' 'VENV={env}' lint",
+    'make test': "make -n -o '{env}/installed-train,mm,medical,dev' 'VENV={env}' test",
 }
 
 
@@ -135,7 +135,7 @@ def test_make_installs_once(tmp_path):
     assert first[0] == '-m venv .venv'
     assert first[1].endswith('install --disable-pip-version-check -c constraints.txt -e .[train]')
     assert make('install') == []
-    assert make('test')[0].endswith('-e .[train,mm,dev]')
+    assert make('test')[0].endswith('-e .[train,mm,medical,dev]')
     assert make('test') == ['-m pytest -n 2 --dist loadfile']
     later = (tmp_path / '.venv/installed-train').stat().st_mtime + 5
     os.utime(tmp_path / 'setup.py', (later, later))

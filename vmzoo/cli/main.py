@@ -15,6 +15,7 @@ COMMANDS = {
     'verify': 'check that published weights load and compute what they did',
     'cache': 'list or remove downloaded files',
     'predict': 'classify images',
+    'segment': 'segment medical images and volumes',
     'train': 'train a classifier, segmentor or detector',
     'test': 'measure a checkpoint on the test set of a config',
     'doctor': 'show versions, devices and the scan backend in use',

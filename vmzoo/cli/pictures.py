@@ -1,4 +1,4 @@
-"""The pictures of `vmzoo predict`."""
+"""The pictures of `vmzoo predict` and `vmzoo segment`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,18 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from vmzoo.images import read_image
 from vmzoo_kernels import get_routes
 
 if TYPE_CHECKING:
     from .predict import Prediction
+    from .segment import View
 
 RIGHT, WRONG, NEUTRAL, PALE = '#1b7f4d', '#c0392b', '#2c3e70', '#d5dae3'
-TILES = 16
+TILES, LEGEND = 16, 16
+PIXELS = 1024  # of a side, in overlays
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -152,6 +155,46 @@ def draw_routes(image_path: Path, scan: str, size: tuple[int, int], reductions: 
         axes.set_title(f'route {number} of {len(orders)}', fontsize=11)
         axes.set(xticks=[], yticks=[])
     figure.suptitle(f'{scan} scan, map of {height} by {width} positions: circle first, square last', fontsize=11)
+    figure.savefig(path)
+    return path
+
+
+def draw_segmentation(views: Sequence['View'], classes: Sequence[str], shares: Sequence[float], path: Path) -> Path:
+    """Pictures, and below them the same under their labels; the legend has each label's share of the whole.
+
+    Args:
+        views: The picture, or planes of a volume.
+        classes: Names of the labels; the first is the background, which is not coloured.
+        shares: Share of each label in the image or volume.
+        path: The file to write.
+
+    Returns:
+        `path`.
+    """
+    figure = _figure(4.0 * len(views), 8.4)
+    # The strong ones of each pair of colours first.
+    order = [*range(0, 20, 2), *range(1, 20, 2)]
+    tab20 = matplotlib.colormaps['tab20']
+    colours = [(0, 0, 0, 0), *(tab20(order[index % 20]) for index in range(len(classes) - 1))]
+    for column, view in zip(figure.subplots(2, len(views), squeeze=False).T, views):
+        step = -(-max(view.labels.shape) // PIXELS)
+        image, labels = view.image[::step, ::step], view.labels[::step, ::step]
+        overlay = np.asarray(colours)[labels]  # [H, W, 4]
+        overlay[..., 3] *= 0.55
+        for axes in column:
+            axes.imshow(image, cmap='gray', vmin=0, vmax=1, aspect=view.aspect)
+            axes.set(xticks=[], yticks=[])
+        column[1].imshow(overlay, aspect=view.aspect, interpolation='nearest')
+        column[0].set_title(view.title, fontsize=10)
+    found = [index for index in range(1, len(classes)) if shares[index]]
+    patches = [
+        Patch(color=colours[index], label=f'{_short(classes[index], 24)} {100 * shares[index]:.2g} %')
+        for index in found[:LEGEND]
+    ]
+    if patches:
+        figure.legend(handles=patches, loc='outside lower center', ncols=min(len(patches), 2 * len(views)), fontsize=8)
+    else:
+        figure.suptitle('background only', fontsize=10)
     figure.savefig(path)
     return path
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
-import vmzoo  # noqa: F401  registers the models
 from vmzoo.images import IMAGE_SUFFIXES, read_image
-from vmzoo.models._registry import family_of, summary_of
+
+from .model import load_model
 
 SHOWN = 12
 BATCH = 32
@@ -65,33 +64,13 @@ def load_classifier(model_name: str | None, checkpoint: str | None) -> Classifie
         CheckpointError: The checkpoint is damaged or of another model, or a download failed.
         ValueError: Neither says which model, or it is unknown or has no weights.
     """
-    from vmzoo.weights import load_checkpoint, read_checkpoint
-
     if not (model_name or checkpoint):
         raise ValueError('say which model: --model NAME with published weights, or --checkpoint FILE of a training')
-    meta = {}
-    if checkpoint:
-        meta = read_checkpoint(checkpoint).get('meta')
-        meta = meta if isinstance(meta, dict) and 'model_name' in meta else {}
-        if not (model_name or meta):
-            raise ValueError(f'{checkpoint} does not say which model it belongs to; add --model NAME')
-    name = meta.get('model_name', model_name)
-    if model_name and name != model_name:
-        raise ValueError(f'{checkpoint} is of {name}, not of {model_name}; leave --model out')
-    if not timm.is_model(name):
-        raise ValueError(f'unknown model {name}; `vmzoo list` shows the names')
-    if family_of(name) and (task := summary_of(name).task) not in ('classification', 'backbone'):
-        raise ValueError(f'{name} is a model for {task}, not for classes of whole images')
-    kwargs = {key: meta[key] for key in ('num_classes', 'in_chans') if key in meta} | meta.get('model_kwargs', {})
-    if not checkpoint and not getattr(timm.get_pretrained_cfg(name), 'has_weights', False):
-        raise ValueError(f'{name} has no published weights; train it, then give --checkpoint FILE')
-    model = timm.create_model(name, pretrained=not checkpoint, **kwargs).eval()
+    model, meta, report = load_model(model_name, checkpoint, tasks=('classification', 'backbone'))
     if not getattr(model, 'num_classes', 0):
-        raise ValueError(f'{name} gives feature maps, not classes')
-    if checkpoint:
-        report = load_checkpoint(model, checkpoint)
-        if report.head:
-            raise ValueError(f'{checkpoint} does not say its classes: {report.head}')
+        raise ValueError(f'{model_name or meta["model_name"]} gives feature maps, not classes')
+    if report and report.head:
+        raise ValueError(f'{checkpoint} does not say its classes: {report.head}')
     classes = meta.get('classes')
     if classes is None:
         info = ImageNetInfo() if model.num_classes == 1000 else None
