@@ -196,7 +196,10 @@ VOLUME = ['{volume}', '--model', 'quantizer_3d', '--checkpoint', '{checkpoints}/
         ([*VOLUME, '--patch-size', '8', '8'], '3 sides for this model'),
         ([*IMAGE, '--overlap', '1'], 'overlap is a share'),
         ([*IMAGE, '--device', 'nonsense'], 'the device nonsense is not available'),
-        (['{image}', '--model', 'vmamba_nano', '--checkpoint', '{classifier}'], 'is a model for classification, not for segmentation'),
+        (
+            ['{image}', '--model', 'vmamba_nano', '--checkpoint', '{classifier}'],
+            'is a model for classification, not for segmentation',
+        ),
     ],
 )
 def test_errors(nifti, checkpoints, tmp_path, capsys, arguments, message):

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from vmzoo.images import IMAGE_SUFFIXES, read_image
 from vmzoo.inference import predict_labels
-from vmzoo.io import NIFTI_SUFFIXES, Volume, find_dicom, normalize_intensity, read_dicom, read_nifti, write_nifti_labels
+from vmzoo.io import (
+    NIFTI_SUFFIXES,
+    Volume,
+    find_dicom,
+    is_dicom,
+    normalize_intensity,
+    read_dicom,
+    read_nifti,
+    write_nifti_labels,
+)
 
 from .model import load_model
 
@@ -165,7 +174,7 @@ def list_inputs(argument: Path) -> list[Path]:
     if not argument.exists():
         raise FileNotFoundError(f'there is no file or folder {argument}')
     if not argument.name.lower().endswith(IMAGE_SUFFIXES + NIFTI_SUFFIXES):
-        if find_dicom(argument.parent) and argument in find_dicom(argument.parent):
+        if is_dicom(argument):
             raise ValueError(f'{argument} is one slice; give the folder of its series')
         raise ValueError(f'{argument} is of an unknown kind; known are {", ".join(IMAGE_SUFFIXES + NIFTI_SUFFIXES)}')
     return [argument]

@@ -18,10 +18,11 @@ Slice = tuple[Path, Any]  # a file and pydicom's Dataset of its header
 def find_dicom(folder: str | Path) -> list[Path]:
     """The DICOM files in a folder and the folders in it, by name; directories of media (DICOMDIR) left out."""
     paths = sorted(path for path in Path(folder).rglob('*') if path.is_file() and path.name != 'DICOMDIR')
-    return [path for path in paths if _has_preamble(path)]
+    return [path for path in paths if is_dicom(path)]
 
 
-def _has_preamble(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Whether a file has DICOM's preamble."""
     with path.open('rb') as file:
         return file.read(132)[128:] == b'DICM'
 
