@@ -127,6 +127,61 @@ def _atrous(pos: Tensor) -> Routes:
     return Routes(table, table, height * width, False, parts=_parts(table, table, height * width))
 
 
+def _back_and_forth(first: Tensor, second: Tensor) -> Routes:
+    first, second = first.reshape(-1), second.reshape(-1)
+    return _permutations(first, first.flip(0), second, second.flip(0))
+
+
+def _sorted_by(step: Tensor, pos: Tensor) -> Tensor:
+    """The positions of a map in the order of `step`, a number for each."""
+    return pos.reshape(-1)[step.reshape(-1).argsort()]
+
+
+def _coordinates(pos: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = pos.shape
+    return torch.arange(height, device=pos.device)[:, None], torch.arange(width, device=pos.device)
+
+
+def _raster(pos: Tensor) -> Routes:
+    return _back_and_forth(pos, pos.t())
+
+
+def _turning(lines: Tensor) -> Tensor:
+    number, _ = _coordinates(lines)
+    return torch.where(number % 2 == 0, lines, lines.flip(1))
+
+
+def _serpentine(pos: Tensor) -> Routes:
+    return _back_and_forth(_turning(pos), _turning(pos.t()))
+
+
+def _diagonal(pos: Tensor) -> Routes:
+    row, column = _coordinates(pos)
+    number = row + column
+    height = pos.shape[0]
+    step = number * height + torch.where(number % 2 == 0, height - 1 - row, row)
+    return _back_and_forth(_sorted_by(step, pos), _sorted_by(step, pos.flip(1)))
+
+
+def _spiral(pos: Tensor) -> Routes:
+    height, width = pos.shape
+    row, column = _coordinates(pos)
+    ring = torch.minimum(torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column))
+    rows, columns = height - 2 * ring, width - 2 * ring  # of the ring and what is inside
+    down, right = row - ring, column - ring  # from its corner
+    on_edges = torch.where(down == rows - 1, 2 * columns + rows - 3 - right, 2 * (columns + rows - 2) - down)
+    on_edges = torch.where(right == columns - 1, columns - 1 + down, on_edges)
+    on_edges = torch.where(down == 0, right, on_edges)  # top, right, bottom, left: of a single line only the first
+    step = height * width - rows * columns + on_edges
+    return _back_and_forth(_sorted_by(step, pos), _sorted_by(step, pos.flip(0)))
+
+
+def _heads(number: int, pos: Tensor) -> Routes:
+    sets = [build(pos) for build in (_serpentine, _diagonal, _spiral, _raster)[:number]]
+    table = torch.cat([routes.gather for routes in sets])
+    return Routes(table, table, pos.numel(), True)
+
+
 _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'cross': _cross,
     'unidi': _unidi,
@@ -138,6 +193,12 @@ _BUILDERS: dict[str, Callable[[Tensor], Routes]] = {
     'cascade_rows': _cascade_rows,
     'cascade_cols': _cascade_cols,
     'atrous': _atrous,
+    'raster': _raster,
+    'serpentine': _serpentine,
+    'diagonal': _diagonal,
+    'spiral': _spiral,
+    'heads_3': functools.partial(_heads, 3),
+    'heads_4': functools.partial(_heads, 4),
 }
 
 
@@ -159,6 +220,21 @@ def cacheable(device: torch.device) -> bool:
     return device.type != 'cuda' or not torch.cuda.is_current_stream_capturing()
 
 
+# Routes found by sorting, and how many they are. Compilers see them as one operation: their steps are many, each block
+# of a model has them anew, and compiled code would sort at every call.
+_SORTED = {'diagonal': 4, 'spiral': 4, 'heads_3': 12, 'heads_4': 16}
+
+
+@torch.library.custom_op('vmzoo::route_table', mutates_args=())
+def _route_table(name: str, height: int, width: int, device: torch.device) -> Tensor:
+    return get_routes(name, height, width, device).gather.clone()  # a compiler may write to it later
+
+
+@_route_table.register_fake
+def _(name: str, height: int, width: int, device: torch.device) -> Tensor:
+    return torch.empty(_SORTED[name], 1, height * width, dtype=torch.int32, device=device)
+
+
 def get_routes(name: str, height: int, width: int, device: torch.device | str | None = None) -> Routes:
     """The named routes over a map of the given size.
 
@@ -168,7 +244,11 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     row or column. ``forward`` and ``backward`` are the row-major order and its reverse, ``forward_backward`` both (Vim,
     arXiv 2401.09417). ``atrous`` is EfficientVMamba's scan with skipped positions (arXiv 2403.09977): each of four
     routes visits one pixel of every 2x2 cell, (0, 0), (1, 0), (0, 1) or (1, 1), the second and the fourth column by
-    column; at an odd side the cells are padded.
+    column; at an odd side the cells are padded. ``serpentine``, ``diagonal``, ``spiral`` and ``raster`` are the scans
+    of MHS-VM's heads (arXiv 2406.05992), each two orders, both followed by their reverse: rows and columns that turn at
+    their ends; anti-diagonals that do, from the left and the right upper corner; spirals inwards, clockwise from the
+    left upper and counter-clockwise from the left lower corner; rows and columns.
+    ``heads_3`` and ``heads_4`` are the first three and all four of these sets, one after another.
 
     Args:
         name: One of :func:`route_names`.
@@ -187,6 +267,9 @@ def get_routes(name: str, height: int, width: int, device: torch.device | str | 
     if height < 1 or width < 1:
         raise ValueError(f'routes need a map of at least 1x1 positions, got {height}x{width}')
     device = torch.device(device if device is not None else 'cpu')
+    if name in _SORTED and torch.compiler.is_compiling():
+        table = _route_table(name, height, width, device)
+        return Routes(table, table, height * width, True)
     if not cacheable(device):
         return _BUILDERS[name](_positions(height, width, device))
     if device.type == 'cuda' and device.index is None:  # of several GPUs, the current one

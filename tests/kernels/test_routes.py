@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden import golden
+from torch._dynamo.testing import CompileCounter
 
 from vmzoo_kernels import (
     gather_routes,
@@ -109,6 +110,22 @@ def test_parts_of_a_table_that_writes_elsewhere_than_it_reads():
     assert routes_from_table(torch.tensor([[0, 1], [1, 0]]), 2).parts is None
 
 
+@pytest.mark.parametrize('name', [name for name in golden.names('mhsvm') if name.startswith('routes_')])
+def test_matches_published_routes_of_heads(name):
+    meta, want = golden.load(f'mhsvm/{name}')
+    size = meta['config']['h'], meta['config']['w']
+    tables = []
+    for scan, letter in (('serpentine', 'C'), ('diagonal', 'X'), ('spiral', 'S'), ('raster', 'Z')):
+        routes = get_routes(scan, *size)
+        tables.append(routes.gather)
+        for i, order in enumerate(routes.gather[::2, 0].numpy()):
+            assert (order == want[f'{letter}{i}_order']).all(), scan
+            assert (order.argsort() == want[f'{letter}{i}_inverse']).all(), scan
+        assert torch.equal(routes.gather[1::2], routes.gather[::2].flip(2))
+    for number in (3, 4):
+        assert torch.equal(get_routes(f'heads_{number}', *size).gather, torch.cat(tables[:number]))
+
+
 def test_cascade_leaves_the_second_direction_flipped():
     routes = get_routes('cascade_rows', 2, 3)
     assert routes.gather.tolist() == [[[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]]]
@@ -121,6 +138,16 @@ def test_tables_are_shared_and_safe_to_train_with():
         routes = get_routes('cross', 3, 11)
     assert routes.gather is get_routes('cross', 3, 11).gather
     assert not routes.gather.is_inference()
+
+
+@pytest.mark.parametrize('name', ['diagonal', 'spiral', 'heads_3', 'heads_4'])
+def test_compilers_see_sorted_routes_as_one_operation(name):
+    torch.library.opcheck(torch.ops.vmzoo.route_table, (name, 5, 7, torch.device('cpu')))
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: get_routes(name, *x.shape).gather + 0, fullgraph=True, backend=graphs)
+    assert torch.equal(compiled(torch.zeros(4, 6)), get_routes(name, 4, 6).gather)
+    assert graphs.op_count == 2
 
 
 def test_meta_device():

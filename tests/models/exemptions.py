@@ -25,6 +25,7 @@ SMALL = {
     'mambayolo': {'depths': (1, 1, 1, 1), 'embed_dim': (8, 16, 16, 24), 'd_state': 4},
     'vmunet': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1, 1), 'embed_dim': 16, 'd_state': 4},
     'msvmunet': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1), 'embed_dim': 16},
+    'mhsvm': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1, 1), 'embed_dim': 24, 'd_state': 4},
     'mobilemamba': {'depths': (1, 1, 1), 'embed_dim': (48, 56, 64)},
     'vim': {'depth': 4, 'embed_dim': 32, 'img_size': 64},
     'roma': {'depth': 4, 'embed_dim': 32, 'img_size': 64, 'dynamic_img_size': True},

@@ -18,6 +18,8 @@ OPTIONS = {
     'vmunet/vmunet_2292': {'num_classes': 4},
     'msvmunet/msvmunet_synapse': {},
     'msvmunet/msvmunet_small_synapse': {},
+    'mhsvm/mhsvm_3h': {},
+    'mhsvm/mhsvm_4h': {},
 }
 
 
@@ -109,3 +111,15 @@ def test_a_model_pruned_to_its_encoder_takes_no_classifier():
     model = timm.create_model('vmunet_isic', features_only=True, device='meta').model
     with pytest.raises(ValueError, match='create it anew'):
         model.reset_classifier(2)
+
+
+@pytest.mark.parametrize('options, message', [({'num_heads': 2}, '3 or 4'), ({'embed_dim': 50}, 'choose a multiple')])
+def test_heads_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('mhsvm_4h', device='meta', **options)
+
+
+def test_stages_that_do_not_fit_are_refused():
+    for name in ('vmunet_isic', 'msvmunet_synapse'):
+        with pytest.raises(ValueError, match='decoder_depths'):
+            timm.create_model(name, device='meta', decoder_depths=(1, 1))

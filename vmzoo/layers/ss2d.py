@@ -152,9 +152,7 @@ class SS2D(nn.Module):
         out_dtype = torch.float32 if x.dtype == torch.float16 else None
         parameters = (D, dt_weight, dt_bias)
         if x.ndim == 4:
-            if x.is_cuda:  # rows of a multiple of 16 bytes
-                x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
-            x_dbl = grouped_linear(x, x_proj_weight)  # [B, L, K, >= R + 2N]
+            x_dbl = SS2D._project_steps(x, x_proj_weight)
             return route_scan(x, x_dbl, -torch.exp(A_log), *parameters, routes, merge=False, out_dtype=out_dtype)
         if routes.parts is not None:
             return join_map(
@@ -162,8 +160,17 @@ class SS2D(nn.Module):
             )
         if x.is_cuda:
             return projected_scan(x, x_proj_weight, A_log, *parameters, routes, out_dtype=out_dtype)
-        x_dbl = linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])  # [B, L, K, R + 2N]
+        x_dbl = SS2D._project_steps(x, x_proj_weight)
         return route_scan(x, x_dbl, -torch.exp(A_log), *parameters, routes, out_dtype=out_dtype)
+
+    @staticmethod
+    def _project_steps(x: Tensor, x_proj_weight: Tensor) -> Tensor:
+        # [B, L, D], or [B, L, K, D] -> [B, L, K, >= R + 2N]
+        if x.is_cuda:  # rows of a multiple of 16 bytes
+            x_proj_weight = F.pad(x_proj_weight, (0, 0, 0, -x_proj_weight.shape[1] % 8))
+        if x.ndim == 4:
+            return grouped_linear(x, x_proj_weight)
+        return linear(x, x_proj_weight.flatten(0, 1)).unflatten(-1, x_proj_weight.shape[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map [B, H, W, C] of any size into one of the same shape."""

@@ -7,6 +7,7 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .lbmamba import LBVim, LBVimBackbone
 from .mambayolo import MambaYOLO
+from .mhsvm import MHSUNet
 from .mobilemamba import MobileMamba
 from .msvmunet import MSVMUNet
 from .resvmamba import ResVMamba
@@ -27,6 +28,7 @@ __all__ = [
     'HRVMambaPyramid',
     'LBVim',
     'LBVimBackbone',
+    'MHSUNet',
     'MSVMUNet',
     'MambaMlp',
     'MambaReg',

@@ -24,7 +24,7 @@ class PublishedWeight:
         sha256: Digest in hexadecimal, None while unrecorded.
         size: Bytes, None while unrecorded.
         metrics: As published, in percent: `imagenet1k_top1`, `imagenet1k_top5`; of dense models `coco_pose_ap`,
-            `crowdpose_ap`, `ade20k_miou`.
+            `crowdpose_ap`, `ade20k_miou`, `isic18_miou`, `isic18_dice`.
     """
 
     name: str
@@ -52,8 +52,9 @@ def published_weights() -> list[PublishedWeight]:
             if cfg.url or cfg.hf_hub_id:
                 url, hub_id = (cfg.url, cfg.hf_hub_id) if cfg.url else (f'https://huggingface.co/{cfg.hf_hub_id}', None)
                 entry = {'sha256': None, 'size': None, 'metrics': {}} | _entries().get(url, {})
-                if is_segmenter:  # the file starts its encoder: the accuracy is another model's
-                    entry = {**entry, 'metrics': {}}
+                if is_segmenter:  # a classifier's file starts its encoder: the accuracy is another model's
+                    own = {key: value for key, value in entry['metrics'].items() if not key.startswith('imagenet1k')}
+                    entry = {**entry, 'metrics': own}
                 weights.append(PublishedWeight(f'{architecture}.{tag}', url, hub_id, cfg.license, **entry))
     return weights
 
