@@ -28,6 +28,7 @@ from .spatial import conv_nd, resize_linear, to_map, to_tokens
 from .ss2d import SS2D, SSD2D, scan_names
 from .ssm_init import auto_dt_rank, compute_dtype, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_weight_
 from .unet import ConcatFusion, PatchExpand, spread_channels
+from .vision_lstm import MatrixLSTMMixer, VisionLSTMBlock, matrix_lstm
 from .vss import VSSBlock
 from .wavelet import HaarTransform
 
@@ -51,6 +52,7 @@ __all__ = [
     'Linear',
     'MambaMixer',
     'MambaMlpBlock',
+    'MatrixLSTMMixer',
     'Mlp',
     'MultiScaleConv',
     'NormLinear',
@@ -69,6 +71,7 @@ __all__ = [
     'TokenPaths',
     'VSSBlock',
     'VimBlock',
+    'VisionLSTMBlock',
     'auto_dt_rank',
     'bottleneck',
     'check_attention_backend',
@@ -84,6 +87,7 @@ __all__ = [
     'init_linear_weight_',
     'init_truncated_',
     'linear',
+    'matrix_lstm',
     'na2d_av',
     'na2d_qk',
     'resize_linear',

@@ -6,6 +6,7 @@ from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
 from .lbmamba import LBVim, LBVimBackbone
+from .lightmunet import LightMUNet
 from .mambayolo import MambaYOLO
 from .mhsvm import MHSUNet
 from .mobilemamba import MobileMamba
@@ -17,6 +18,7 @@ from .shufflemamba import MambaMlp, MambaReg, ShuffleMamba, ShuffleMambaBackbone
 from .vim import VisionMamba, VisionMambaPyramid
 from .vmamba import VMamba
 from .vmunet import VMUNet
+from .xlstmunet import XLSTMUNet
 
 __all__ = [
     'A2Mamba',
@@ -28,6 +30,7 @@ __all__ = [
     'HRVMambaPyramid',
     'LBVim',
     'LBVimBackbone',
+    'LightMUNet',
     'MHSUNet',
     'MSVMUNet',
     'MambaMlp',
@@ -44,6 +47,7 @@ __all__ = [
     'VMamba',
     'VisionMamba',
     'VisionMambaPyramid',
+    'XLSTMUNet',
     'efficientvim',
     'mambaout',
 ]

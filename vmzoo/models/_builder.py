@@ -6,6 +6,7 @@ non-strict when the number of classes changes. Here files and downloads are read
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -75,8 +76,12 @@ def build_model(
 
     input_size = cfg['input_size']
     if is_volume := len(input_size) == 4:
-        # timm takes in_chans from an input_size of pictures only
+        # timm knows sizes of pictures only: those of volumes go past it
         kwargs.setdefault('in_chans', input_size[0])
+        if cfg['fixed_input_size']:
+            kwargs.setdefault('img_size', input_size[1:])
+        if 'img_size' in kwargs:
+            model_cls = partial(model_cls, img_size=kwargs.pop('img_size'))
         pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), 'input_size': None}
     model = build_model_with_cfg(
         model_cls,

@@ -207,11 +207,12 @@ def _match_stem(weights: dict[str, Tensor], target: dict[str, Tensor], stems: tu
     notes = []
     for name in stems:
         key = f'{name}.weight'
-        if key not in weights or key not in target or weights[key].ndim != 4 or target[key].ndim != 4:
+        if key not in weights or key not in target or not weights[key].ndim == target[key].ndim in (4, 5):
             continue
         (out, given, *kernel), (wanted_out, wanted, *wanted_kernel) = weights[key].shape, target[key].shape
         if given != wanted and (out, kernel) == (wanted_out, wanted_kernel):
-            weights[key] = adapt_input_conv(wanted, weights[key], base_chans=given)
+            flat = weights[key].flatten(2).unsqueeze(-1)  # of volumes too
+            weights[key] = adapt_input_conv(wanted, flat, base_chans=given).reshape(target[key].shape)
             notes.append(f'{name}: {given} → {wanted} input channels, adapted')
     return ', '.join(notes)
 
