@@ -23,6 +23,17 @@ SMALL = {
     'efficientvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'resvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'mambayolo': {'depths': (1, 1, 1, 1), 'embed_dim': (8, 16, 16, 24), 'd_state': 4},
+    'lightmunet': {'depths': (0, 1, 0, 1), 'embed_dim': 8, 'd_state': 4},
+    'xlstmunet': {'embed_dim': (8, 8, 16, 16, 32), 'strides': (1, 2, 2, 2, 2), 'img_size': 64},
+    **{
+        f'uxlstm_{form}_3d': {
+            'embed_dim': (4, 8, 8, 32),
+            'kernel_size': ((1, 3, 3), 3, 3, 3),
+            'strides': (1, 2, 2, 2),
+            'img_size': (16, 32, 32),
+        }
+        for form in ('bot', 'enc')
+    },
     'vmunet': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1, 1), 'embed_dim': 16, 'd_state': 4},
     'msvmunet': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1), 'embed_dim': 16},
     'mhsvm': {'depths': (1, 1, 1, 1), 'decoder_depths': (1, 1, 1, 1), 'embed_dim': 24, 'd_state': 4},
@@ -58,7 +69,12 @@ EXEMPT = {
     },
     'test_any_image_size': {
         'vim': 'the position embedding is made for one size; other sizes are an option that its own tests cover',
+        **{
+            f'uxlstm_enc_{size}': 'blocks over channels have weights for every position, as published'
+            for size in ('2d', '2d_s8', '3d')
+        },
     },
+    'test_empty_batch': {'xlstmunet': "torch's instance norm takes no empty batch"},
     'test_forward_features_is_a_map': {
         'roma': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'rsmamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',

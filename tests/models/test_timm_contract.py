@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import re
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -52,18 +53,32 @@ def exemption(request):
             pytest.skip(reasons[key])
 
 
+@pytest.fixture
+def image(request) -> Callable[..., Tensor]:
+    """Makes random pictures for the model under test, or volumes, of 16 slices."""
+    in_chans, *axes = timm.get_pretrained_cfg(request.node.callspec.params['name']).input_size
+    depth, side = ([16], SIZE // 2) if len(axes) == 3 else ([], SIZE)
+
+    def make(
+        batch: int = 2, channels: int = in_chans, height: int = side, width: int | None = None, **kwargs
+    ) -> Tensor:
+        return torch.randn(batch, channels, *depth, height, width or height, **kwargs)
+
+    return make
+
+
 def small(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **{**SMALL.get(family(name), {}), **SMALL.get(name, {}), **kwargs})
+
+
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
     """The model's classifiers: two, if one of them learned from a teacher."""
     classifier = model.get_classifier()
     return classifier if isinstance(classifier, tuple) else (classifier,)
-
-
-def image(batch: int = 2, channels: int = 3, height: int = SIZE, width: int | None = None, **kwargs) -> Tensor:
-    return torch.randn(batch, channels, height, width or height, **kwargs)
 
 
 def tensors(out) -> list[Tensor]:
@@ -94,7 +109,7 @@ def test_exemptions_are_of_models_and_tests_that_exist():
 
 
 @every_model
-def test_forward(name):
+def test_forward(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -106,7 +121,7 @@ def test_forward(name):
 
 
 @every_model
-def test_samples_of_a_batch_are_independent(name):
+def test_samples_of_a_batch_are_independent(name, image):
     model = small(name).double().eval()
     x = image(3, dtype=torch.float64)
     with torch.no_grad():
@@ -116,14 +131,14 @@ def test_samples_of_a_batch_are_independent(name):
 
 
 @every_model
-def test_empty_batch(name):
+def test_empty_batch(name, image):
     model = small(name).eval()
     with torch.no_grad():
         assert [len(t) for t in tensors(model(image(0)))] == [0] * len(tensors(model(image(1))))
 
 
 @every_model
-def test_every_parameter_has_a_gradient(name):
+def test_every_parameter_has_a_gradient(name, image):
     model = small(name, **({'num_classes': 42} if name in CLASSIFIERS + SEGMENTERS else {})).train()
     out = model(image())
     if name in CLASSIFIERS + SEGMENTERS:
@@ -134,7 +149,7 @@ def test_every_parameter_has_a_gradient(name):
 
 
 @every_model
-def test_stochastic_depth_and_dropout(name):
+def test_stochastic_depth_and_dropout(name, image):
     model = small(name, drop_path_rate=0.5, drop_rate=0.5).train()
     x = image()
     assert not torch.equal(tensors(model(x))[-1], tensors(model(x))[-1])
@@ -188,8 +203,7 @@ def test_attributes(name):
     assert model.in_chans == cfg['input_size'][0]
     keys = model.state_dict().keys()
     for part in ('first_conv', 'classifier') if name in CLASSIFIERS + SEGMENTERS else ('first_conv',):
-        parts = (cfg[part],) if isinstance(cfg[part], str) else cfg[part]
-        assert all(f'{key}.weight' in keys for key in parts)
+        assert all(f'{key}.weight' in keys for key in as_tuple(cfg[part]))
 
 
 @every_model
@@ -211,7 +225,7 @@ def test_forward_features_is_a_map(name):
 
 
 @every_classifier
-def test_head(name):
+def test_head(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -232,15 +246,15 @@ def test_head(name):
 
 
 @every_segmenter
-def test_head_of_every_pixel(name):
+def test_head_of_every_pixel(name, image):
     model = small(name, num_classes=3).eval()
-    x = image(height=64, width=96)
+    x = image()
     with torch.no_grad():
         features = model.forward_features(x)
-        assert features.shape == (2, model.num_features, 64, 96)
+        assert features.shape == (2, model.num_features, *x.shape[2:])
         assert_equal(model.forward_head(features, pre_logits=True), features)
         assert_equal(model.forward_head(features), model(x))
-        assert model(x).shape == (2, 3, 64, 96)
+        assert model(x).shape == (2, 3, *x.shape[2:])
 
         model.reset_classifier(0)
         assert model.num_classes == 0
@@ -249,7 +263,7 @@ def test_head_of_every_pixel(name):
 
 
 @every_model_with_classes
-def test_reset_classifier(name):
+def test_reset_classifier(name, image):
     model = small(name)
     model.reset_classifier(7)
     assert model(image()).shape[:2] == (2, 7)
@@ -268,7 +282,7 @@ def test_reset_classifier(name):
 
 
 @every_classifier
-def test_a_new_classifier_keeps_the_pooling(name):
+def test_a_new_classifier_keeps_the_pooling(name, image):
     pool = 'max' if family(name) == 'vmamba' else 'avg'  # not the default
     model = small(name, global_pool=pool).eval()
     x = image()
@@ -280,7 +294,7 @@ def test_a_new_classifier_keeps_the_pooling(name):
 
 
 @every_classifier
-def test_a_refused_classifier_changes_nothing(name):
+def test_a_refused_classifier_changes_nothing(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -302,9 +316,8 @@ def test_pretrained_with_other_ends(name, options, tmp_path):
     model = model.model if 'features_only' in options else model
     state = source.state_dict()
     cfg = timm.get_pretrained_cfg(name)
-    ends = [cfg.first_conv] if 'in_chans' in options else []
-    if 'num_classes' in options:
-        ends += [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
+    parts = [part for part, option in (('first_conv', 'in_chans'), ('classifier', 'num_classes')) if option in options]
+    ends = [end for part in parts for end in as_tuple(getattr(cfg, part))]
     same = {key: value for key, value in model.state_dict().items() if key.rpartition('.')[0] not in ends}
     assert len(same) > len(state) // 3
     assert all(torch.equal(value, state[key]) for key, value in same.items())
@@ -312,7 +325,7 @@ def test_pretrained_with_other_ends(name, options, tmp_path):
 
 @every_model
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
-def test_half_precision_after_a_forward(name, dtype):
+def test_half_precision_after_a_forward(name, dtype, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -325,7 +338,7 @@ def test_half_precision_after_a_forward(name, dtype):
 
 @every_model
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
-def test_autocast(name, dtype):
+def test_autocast(name, dtype, image):
     model = small(name).train()
     with torch.autocast('cpu', dtype):
         out = model(image())
@@ -335,7 +348,7 @@ def test_autocast(name, dtype):
 
 
 @every_model
-def test_initialises_after_to_empty(name):
+def test_initialises_after_to_empty(name, image):
     model = small(name, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         for t in itertools.chain(model.parameters(), model.buffers()):
@@ -346,7 +359,7 @@ def test_initialises_after_to_empty(name):
 
 
 @every_model
-def test_images_of_the_wrong_kind_are_named(name):
+def test_images_of_the_wrong_kind_are_named(name, image):
     model = small(name).eval()
     with pytest.raises(ValueError, match=r'unsqueeze\(0\)'):
         model(image(1)[0])
@@ -356,7 +369,7 @@ def test_images_of_the_wrong_kind_are_named(name):
 
 @every_model
 @pytest.mark.parametrize('in_chans', [1, 4, 12])
-def test_input_channels(name, in_chans):
+def test_input_channels(name, in_chans, image):
     model = small(name, in_chans=in_chans).eval()
     with torch.no_grad():
         assert_finite(model(image(1, in_chans)))
@@ -365,7 +378,7 @@ def test_input_channels(name, in_chans):
 
 @every_model
 @pytest.mark.parametrize('height, width', [(64, 96), (53, 38), (33, 65)])
-def test_any_image_size(name, height, width):
+def test_any_image_size(name, height, width, image):
     model = small(name).eval()
     divisor = getattr(model, 'size_divisor', 1)
     if height % divisor or width % divisor:
@@ -373,14 +386,15 @@ def test_any_image_size(name, height, width):
             model(image(1, height=height, width=width))
         return
     with torch.no_grad():
-        out = model(image(1, height=height, width=width))
+        x = image(1, height=height, width=width)
+        out = model(x)
     assert_finite(out)
     if name in SEGMENTERS:
-        assert out.shape[2:] == (height, width)
+        assert out.shape[2:] == x.shape[2:]
 
 
 @every_model
-def test_a_tiny_image_works_or_is_refused_clearly(name):
+def test_a_tiny_image_works_or_is_refused_clearly(name, image):
     model = small(name).eval()
     try:
         with torch.no_grad():
@@ -390,7 +404,7 @@ def test_a_tiny_image_works_or_is_refused_clearly(name):
 
 
 @every_model
-def test_a_copy_is_equal_and_separate(name):
+def test_a_copy_is_equal_and_separate(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -402,22 +416,23 @@ def test_a_copy_is_equal_and_separate(name):
 
 
 @every_model
-def test_features_only(name):
+def test_features_only(name, image):
     model = small(name, features_only=True).eval()
+    x = image()
     with torch.no_grad():
-        maps = model(image())
+        maps = model(x)
     info = model.feature_info
     assert len(maps) >= 3
     assert [y.shape[1] for y in maps] == info.channels()
     for y, reduction in zip(maps, info.reduction()):
-        assert y.ndim == 4
-        assert SIZE // (2 * reduction) < y.shape[-1] <= math.ceil(SIZE / reduction) + 1
+        assert y.ndim == x.ndim
+        assert x.shape[-1] // (2 * reduction) < y.shape[-1] <= math.ceil(x.shape[-1] / reduction) + 1
         assert_finite(y)
 
 
 @every_model
 @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (-1,), (0, 1, 2, 3)])
-def test_features_leave_no_parameter_without_gradient(name, out_indices):
+def test_features_leave_no_parameter_without_gradient(name, out_indices, image):
     whole = small(name).eval()
     model = small(name, features_only=True, out_indices=out_indices)
     kept = model.model.state_dict().keys()
@@ -434,7 +449,7 @@ def test_features_leave_no_parameter_without_gradient(name, out_indices):
 
 
 @every_model
-def test_checkpointed_features_have_equal_gradients(name):
+def test_checkpointed_features_have_equal_gradients(name, image):
     model = small(name, features_only=True).eval()
     x = image()
     gradients = []
@@ -447,14 +462,14 @@ def test_checkpointed_features_have_equal_gradients(name):
 
 
 @every_model
-def test_forward_intermediates(name):
+def test_forward_intermediates(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
         final, maps = model.forward_intermediates(x, output_fmt='NCHW')
         assert_equal(final, model.forward_features(x), rtol=1e-5, atol=1e-8)
         assert len(maps) == len(model.feature_info)
-        assert all(y.ndim == 4 and y.shape[1] == info['num_chs'] for y, info in zip(maps, model.feature_info))
+        assert all(y.ndim == x.ndim and y.shape[1] == info['num_chs'] for y, info in zip(maps, model.feature_info))
 
         assert_equal(model.forward_intermediates(x, intermediates_only=True), maps)
         assert_equal(model.forward_intermediates(x, indices=2, intermediates_only=True), maps[-2:])
@@ -466,7 +481,7 @@ def test_forward_intermediates(name):
 
 
 @every_model
-def test_pruning_keeps_the_features(name):
+def test_pruning_keeps_the_features(name, image):
     model = small(name).eval()
     x = image()
     with torch.no_grad():
@@ -478,7 +493,7 @@ def test_pruning_keeps_the_features(name):
 
 
 @every_tiny_model
-def test_compiles_without_graph_breaks(name):
+def test_compiles_without_graph_breaks(name, image):
     model = small(name)
     x = image()
     torch.manual_seed(1)  # training may draw an order of the tokens
@@ -493,7 +508,7 @@ def test_compiles_without_graph_breaks(name):
 
 
 @pytest.mark.parametrize('name, strict', [(name, False) for name in TINY] + [(name, True) for name in ONE_EACH])
-def test_exports(name, strict):
+def test_exports(name, strict, image):
     model = small(name).eval()
     x = image()
     program = torch.export.export(model, (x,), strict=strict)

@@ -173,7 +173,6 @@ class VisionLSTMBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, L, D] -> [B, L, D]."""
-        has_autocast = torch.amp.is_autocast_available(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             x = x.to(self.norm.weight.dtype)
             return x + self.drop_path(self.layer(self.norm(x)))

@@ -104,7 +104,7 @@ class ConvUNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the layer that makes the logits; `global_pool` is timm's, and nothing is pooled here.
+        """Replace the layer that makes the logits, or remove it for 0; `global_pool` is timm's, and nothing is pooled.
 
         Raises:
             ValueError: The model was pruned to its encoder.

@@ -287,7 +287,7 @@ class XLSTMUNet(ConvUNet):
         self.apply(_init_conv)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the layers that make the logits; `global_pool` is timm's, and nothing is pooled here.
+        """Replace the layers that make the logits, or remove them for 0; `global_pool` is timm's, nothing is pooled.
 
         Raises:
             ValueError: The model was pruned to its encoder.
