@@ -51,6 +51,30 @@ files saved by the published trainings, which kept the encoder frozen for the fi
 `msvmunet_synapse`: 85.00 % Dice, 14.75 mm HD95, as stated; 15.53 G operations, which are two for a multiply-accumulate.
 `msvmunet_acdc`: 92.58 % Dice. Both were selected on the test volumes. No licence is stated for the published code; the
 code here is Apache-2.0.""",
+    'lightmunet': """
+A light U-Net for pictures (`2d`) and volumes (`3d`) whose encoder runs Mamba over all positions in raster order, one
+scan a layer. The output has the size of the image, which may be any. The authors released no weights; files that their
+trainings save (nnU-Net's) load through `vmzoo.weights.load_checkpoint`. Memory grows with the number of positions at
+full resolution: `model.set_grad_checkpointing()` recomputes each stage.
+
+The stated 1.09 M (2D) and 1.87 M (3D) parameters cannot be reproduced: the published code has 5.01 M and 5.02 M, as
+here. Read off the authors' figure: a Dice of about 84.6 % on LiTS, and of about 96.2 % on the X-rays of Montgomery and
+Shenzhen. Trained with Adam (1e-4, weight decay 1e-5) in float32, without deep supervision, on images normalised one by
+one. The network amplifies rounding: compare it in float64.""",
+    'xlstmunet': """
+nnU-Net's residual U-Net with Vision-LSTM blocks: one behind the last stage of the encoder (`bot`), or several within
+it (`enc`). The names' plans are those of nnU-Net for the authors' data: `2d` has 7 stages, `2d_s8` 8, `3d` 6; other
+plans are `embed_dim`, `strides`, `kernel_size` and, of an `enc` model, `img_size` (the patch size, to which its blocks
+over channels belong: predict in windows of that size). `bot` models take images of any size. The matrix LSTM is exact,
+but computed in chunks: time and memory grow with the number of positions and not with its square.
+
+`deep_supervision=True` returns a list of logits while training, at the image's size first. Trained as nnU-Net: SGD
+(momentum 0.99, weight decay 3e-5, polynomial schedule), Dice and cross-entropy, images normalised one by one. The
+encoder alone is a backbone: `features_only=True`.
+
+The authors' files (nnU-Net checkpoints) are in a [folder of Google
+Drive](https://drive.google.com/drive/folders/1N3qQQ-TJ_qddYjgAS3gSm9zm8fDeTmud): download one and pass
+`pretrained_cfg_overlay=dict(file=...)`, with the options of its plan. No licence of the weights is stated.""",
     'vmunet': """
 A U-Net of VMamba's first blocks for medical images. The output has the size of the image, whose sides must be multiples
 of 32. It is logits, also of a model of one class (the published one returns their sigmoid). Images of one channel are

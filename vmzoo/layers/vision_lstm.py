@@ -130,7 +130,7 @@ class MatrixLSTMMixer(nn.Module):
         nn.init.normal_(self.igate.bias, std=0.1)
         nn.init.zeros_(self.fgate.weight)
         with torch.no_grad():
-            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.num_heads))
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.num_heads, device=self.fgate.bias.device))
         nn.init.ones_(self.learnable_skip)
         nn.init.ones_(self.outnorm)
 
