@@ -23,6 +23,15 @@ SMALL = {
     'efficientvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'resvmamba': {'depths': (1, 1, 1, 1), 'embed_dim': 16},
     'mambayolo': {'depths': (1, 1, 1, 1), 'embed_dim': (8, 16, 16, 24), 'd_state': 4},
+    'hymamba': {
+        'stem_dim': 8,
+        'embed_dim': (8, 8, 16, 24),
+        'depths': (1, 1, 1, 1),
+        'mlp_ratio': (2, 2, 2, 2),
+        'token_depth': 2,
+        'd_state': 4,
+        'img_size': 32,
+    },
     'lightmunet': {'depths': (0, 1, 0, 1), 'embed_dim': 8, 'd_state': 4},
     'xlstmunet': {'embed_dim': (8, 8, 16, 16, 32), 'strides': (1, 2, 2, 2, 2), 'img_size': 64},
     **{
@@ -74,7 +83,10 @@ EXEMPT = {
             for size in ('2d', '2d_s8', '3d')
         },
     },
-    'test_empty_batch': {'xlstmunet': "torch's instance norm takes no empty batch"},
+    'test_empty_batch': {
+        'hymamba': "torch's instance norm takes no empty batch",
+        'xlstmunet': "torch's instance norm takes no empty batch",
+    },
     'test_forward_features_is_a_map': {
         'roma': 'isotropic: its features are tokens, and its maps come from forward_intermediates',
         'rsmamba': 'isotropic: its features are tokens, and its maps come from forward_intermediates',

@@ -5,8 +5,10 @@ from .a2mamba import A2Mamba
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba, HRVMambaBranches, HRVMambaPose, HRVMambaPyramid
+from .hymamba import HyMamba
 from .lbmamba import LBVim, LBVimBackbone
 from .lightmunet import LightMUNet
+from .mambamim import MambaMIM
 from .mambayolo import MambaYOLO
 from .mhsvm import MHSUNet
 from .mobilemamba import MobileMamba
@@ -28,11 +30,13 @@ __all__ = [
     'HRVMambaBranches',
     'HRVMambaPose',
     'HRVMambaPyramid',
+    'HyMamba',
     'LBVim',
     'LBVimBackbone',
     'LightMUNet',
     'MHSUNet',
     'MSVMUNet',
+    'MambaMIM',
     'MambaMlp',
     'MambaReg',
     'MambaYOLO',
