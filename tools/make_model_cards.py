@@ -20,6 +20,27 @@ SUMMARIES = 'vmzoo/models/summaries.json'
 TABLE = '<!-- models: written by tools/make_model_cards.py -->\n', '<!-- /models -->'
 
 NOTES = {
+    'hymamba': """
+A U-Net for volumes [B, C, D, H, W]: MedNeXt blocks down to stride 16, Mamba over the tokens there, UNETR's decoder.
+Sides are multiples of 16; the position table is computed for sizes other than `img_size`. Published recipe: crops of
+96x96x96 at 1.5 mm, CT clipped to -175..250 HU and scaled to 0..1, Dice and cross-entropy.
+
+`vmzoo.models.MambaMIM` pretrains the encoder: it hides three quarters of the cells of 16x16x16 voxels and reconstructs
+them, with state-space token interpolation in the hidden places.
+
+    model = MambaMIM(timm.create_model('hymamba'), mask_ratio=0.75)
+    loss, reconstruction, visible = model(volume, generator=torch.Generator().manual_seed(0))
+    network = timm.create_model('hymamba', num_classes=14)
+    network.load_state_dict(vmzoo.convert_state_dict(model.state_dict(), network))
+
+`model.restore(volume, out)` shows the reconstruction in the volume's values. `as_released=True` computes what the
+published code does where it departs from the paper: it counts the visible tokens of the whole batch instead of each
+sample's, and reads the interpolated tokens as an array of channels. The order of the visible tokens there is that of an
+unstable sort, which differs from machine to machine; here it is the order of the scan.
+
+Checkpoints with the published names load, of network and pre-training. What no result depends on is left out: the
+backward half of the Mamba layers (0.3 M of the network's 41.8 M parameters), and of the pre-training (114 M) the first
+fusion, the projection of stride 1 and two tokens. The authors released no weights.""",
     'mhsvm': """
 VM-UNet with multi-head scans (MHS-UNet): the channels of a block are split over three or four heads, each of which
 scans along its own routes, forward and back. `serpentine` takes rows and columns in turns of direction, `diagonal` the

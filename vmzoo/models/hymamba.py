@@ -50,7 +50,7 @@ def enlarge(visible: Tensor, size: tuple[int, ...]) -> Tensor:
 def position_table(grid: tuple[int, int, int], dim: int, device=None, dtype=None) -> Tensor:
     """Sines and cosines of every cell's coordinates, in raster order.
 
-    A third of the channels belongs to each axis, sines first; the frequencies go from 1 down to, exclusively, 1 / 10000.
+    A third of the channels belongs to each axis, sines first; the frequencies fall from 1 towards 1 / 10000.
 
     Args:
         grid: Cells along each axis.
@@ -361,7 +361,8 @@ class HyMamba(ConvUNet):
     def _check_size(self, size: tuple[int, ...]) -> None:
         if any(side < STRIDE or side % STRIDE for side in size):
             raise ValueError(
-                f'The volume is {"x".join(map(str, size))}, but its sides must be multiples of {STRIDE}: pad or resize it.'
+                f'The volume is {"x".join(map(str, size))}, but its sides must be multiples of {STRIDE}: pad or resize '
+                'it.'
             )
 
     def check_volumes(self, x: Tensor) -> None:
@@ -419,6 +420,8 @@ class HyMamba(ConvUNet):
         return take_indices
 
 
+# Parts of the network that its pre-training does not have.
+_FRESH_PARTS = ('stages.0.skip', 'decoder', 'final', 'head')
 _LEVEL = {'layer': 'blocks', 'expend': 'expand', 'encoder': 'skip'}
 
 
@@ -454,17 +457,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HyMamba) -> dict[
             state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     if any(key.startswith('embeddings.') for key in state_dict):
         state_dict = {our: value for key, value in state_dict.items() if (our := our_key(key)) is not None}
+    if 'stem.weight' not in state_dict:
+        return state_dict
     target = model.state_dict()
-    own = {}
+    missing = [part for part in _FRESH_PARTS if not any(key.startswith(f'{part}.') for key in state_dict)]
+    own = {key: value for key, value in target.items() if key.startswith(tuple(f'{part}.' for part in missing))}
+    if own:
+        _logger.warning('The checkpoint has no %s: as initialised in the model', ', '.join(missing))
     table = 'stages.4.pos_embed'
     if table in target and table in state_dict and state_dict[table].shape != target[table].shape:
         own[table] = target[table]
-    for part in ('stages.0.skip.', 'decoder.', 'final.', 'head.'):
-        if 'stem.weight' in state_dict and not any(key.startswith(part) for key in state_dict):
-            own |= {key: value for key, value in target.items() if key.startswith(part)}
-    names = sorted({key.rpartition('.')[0].split('.')[0] for key in own if key != table})
-    if names:
-        _logger.warning('The checkpoint has no %s: as initialised in the model', ', '.join(names))
     return state_dict | own
 
 
