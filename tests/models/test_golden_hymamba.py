@@ -12,7 +12,7 @@ import vmzoo
 from vmzoo.models.hymamba import HyMamba, position_table
 from vmzoo.models.mambamim import MambaMIM
 
-# The release takes the visible tokens in the order of an unstable sort, which depends on the processor: the order of the
+# The release takes the visible tokens in the order of an unstable sort, which depends on the processor: that of the
 # machine that made the fixture (AVX-512). Ours is the raster order, in which the scan of the network visits them.
 KEPT = [
     [25, 3, 24, 6, 18, 12, 14, 13, 26, 23, 22, 21, 20, 19],
