@@ -16,7 +16,9 @@ from vmzoo.mm import VMZooBackbone
 from vmzoo.weights import CheckpointError, CheckpointMismatch, published_weights
 
 TIMM_OWN = ['mambaout_femto', 'efficientvim_m1_dist']
-every_model = pytest.mark.parametrize('name', [*NAMES, *TIMM_OWN])
+U_NETS = ('hymamba', 'lightmunet', 'mhsvm', 'msvmunet', 'vmunet', 'xlstmunet')  # segment by themselves
+BACKBONES, TINY = ([name for name in names if family(name) not in U_NETS] for names in (NAMES, TINY))
+every_model = pytest.mark.parametrize('name', [*BACKBONES, *TIMM_OWN])
 every_kind = pytest.mark.parametrize(
     'name', [*TINY, 'lbvim_300_backbone', 'vim_small_seg', 'roma_base_dense', *TIMM_OWN]
 )
